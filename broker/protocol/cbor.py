@@ -1,0 +1,65 @@
+"""Deterministic CBOR (RFC 8949 section 4.2): the one way in and out.
+
+All map keys in the project are small integers, so bytewise and length-first key order agree and a map written in
+ascending key order is deterministic. Decoding accepts only bytes that encode to themselves again: that alone refuses
+non-minimal integers, indefinite lengths, duplicate keys and trailing bytes. Key order is checked by `check_key_order`,
+called by the message decoder for each map it reads.
+"""
+
+import inspect
+from collections.abc import Iterable
+from typing import Any, Final
+
+import cbor2
+
+from broker.protocol.errors import MalformedMessage
+from broker.protocol.limits import MAX_NESTING
+
+# cbor2 before 6 (still what armv7 machines get) has no max_depth; there the size limits bound the nesting, and the
+# interpreter's own recursion limit turns the rest into RecursionError, which is caught below.
+_DEPTH: Final[dict[str, Any]] = (
+    {"max_depth": MAX_NESTING} if "max_depth" in str(inspect.signature(cbor2.loads)) else {}
+)
+
+
+def encode(value: Any) -> bytes:
+    """Encode ints, bytes, text, bools, None, lists, tuples and dicts whose keys already stand in ascending order."""
+    return cbor2.dumps(value)
+
+
+def decode(raw: bytes, where: str, max_bytes: int) -> Any:
+    """Decode one deterministic CBOR item that fills `raw` exactly.
+
+    Raises MalformedMessage (naming `where`) for anything else, including floats and tags, whose re-encoding differs or
+    which the message decoder refuses by type.
+    """
+    if len(raw) > max_bytes:
+        raise MalformedMessage(where, f"at most {max_bytes} bytes, got {len(raw)}")
+    try:
+        value = cbor2.loads(raw, **_DEPTH)
+        same = cbor2.dumps(value) == raw
+    except (cbor2.CBORError, RecursionError, ValueError, TypeError, OverflowError, MemoryError) as error:
+        raise MalformedMessage(where, f"well-formed CBOR ({type(error).__name__})") from error
+    if not same:
+        raise MalformedMessage(where, "deterministic CBOR (minimal lengths, no duplicate keys, no trailing bytes)")
+    return value
+
+
+def check_key_order(keys: Iterable[Any], where: str) -> None:
+    """Raise MalformedMessage unless `keys` are integers 0 to 23 in strictly ascending order."""
+    previous = -1
+    for key in keys:
+        if type(key) is not int or not previous < key <= 23:
+            raise MalformedMessage(where, "integer keys from 0 to 23 in ascending order")
+        previous = key
+
+
+def byte_string_head(length: int) -> bytes:
+    """The head of a definite-length byte string (RFC 8949 section 3, major type 2), for lengths below 2^32."""
+    if length < 24:
+        return bytes((0x40 | length,))
+    if length < 0x100:
+        return bytes((0x58, length))
+    if length < 0x10000:
+        return b"\x59" + length.to_bytes(2, "big")
+    return b"\x5a" + length.to_bytes(4, "big")

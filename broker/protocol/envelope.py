@@ -1,0 +1,205 @@
+"""The one envelope: COSE_Sign1 (RFC 9052 section 4.2) over deterministic CBOR.
+
+Protected header: {1: algorithm, 4: key id, 16: type}; the type (RFC 9596) is the CoAP content format 65000 + message
+type, from the range that is reserved for experiments. Unprotected header: empty. `external_aad` is the CBOR array
+[message type, ledger id, sender]: not the topic or the receiver, so that ledger nodes, bridges and a consumer's next
+broker can verify a message too. The sender is not sent; it is whoever the key id is registered for.
+
+A message's id is the SHA-256 of its Sig_structure (protected header, aad and payload), not of the signature: of ECDSA
+signatures there is more than one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import sha256
+from typing import Final
+
+import cbor2
+
+from broker.protocol import cbor
+from broker.protocol.errors import BadSignature, MalformedMessage, UnknownKey
+from broker.protocol.keys import KEY_ID_BYTES, SIGNATURE_BYTES, Algorithm, PrivateKey, PublicKey
+from broker.protocol.messages import MESSAGE_CLASSES, Message, MessageType
+
+CONTENT_FORMAT_BASE: Final = 65_000
+_HEAD: Final = b"\xd2\x84"  # tag 18, array of four
+_EMPTY_MAP: Final = b"\xa0"
+_SIGNATURE_HEAD: Final = cbor.byte_string_head(SIGNATURE_BYTES)
+_SIG_CONTEXT: Final = b"\x84\x6aSignature1"
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """A parsed, not yet verified message. `raw` is exactly what came, and what is stored and sent on."""
+
+    raw: bytes
+    message_type: MessageType
+    algorithm: Algorithm
+    key_id: bytes
+    protected: bytes
+    payload: bytes
+    signature: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Signer:
+    """A registered sender: the name that stands in `external_aad`, and its key."""
+
+    name: str
+    key: PublicKey
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A verified message, who sent it, its id, and its bytes."""
+
+    message: Message
+    sender: str
+    message_id: bytes
+    raw: bytes
+
+
+KeyLookup = Callable[[bytes], Signer | None]
+"""From a key id to the sender that it is registered for, or None."""
+
+
+def seal(message: Message, key: PrivateKey, ledger: str, sender: str) -> bytes:
+    """Sign a message. The same message, key, ledger and sender always give the same bytes."""
+    protected = _protected_header(message.TYPE, key.public.algorithm, key.public.key_id)
+    payload = message.to_payload()
+    signature = key.sign(_sig_structure(protected, _external_aad(message.TYPE, ledger, sender), payload))
+    return b"".join(
+        (
+            _HEAD,
+            cbor.byte_string_head(len(protected)),
+            protected,
+            _EMPTY_MAP,
+            cbor.byte_string_head(len(payload)),
+            payload,
+            _SIGNATURE_HEAD,
+            signature,
+        )
+    )
+
+
+def sealed_id(raw: bytes, ledger: str, sender: str) -> bytes:
+    """The id of a message that this process sealed or verified before."""
+    envelope = parse(raw)
+    return message_id(envelope, ledger, sender)
+
+
+def parse(raw: bytes) -> Envelope:
+    """Take an envelope apart without trusting it. Raises MalformedMessage.
+
+    The size is held against the limit of the type that the header claims; the encoding must be the deterministic one.
+    """
+    if len(raw) > _LARGEST:
+        raise MalformedMessage("envelope", f"at most {_LARGEST} bytes, got {len(raw)}")
+    if raw[:2] != _HEAD:
+        raise MalformedMessage("envelope", "a tagged COSE_Sign1")
+    try:
+        # Without the tag, because cbor2 freezes what stands inside one.
+        parts = cbor2.loads(raw[1:])
+    except (cbor2.CBORError, RecursionError, ValueError, TypeError, OverflowError, MemoryError) as error:
+        raise MalformedMessage("envelope", f"well-formed CBOR ({type(error).__name__})") from error
+    protected, unprotected, payload, signature = parts
+    if (
+        type(protected) is not bytes
+        or unprotected != {}
+        or type(payload) is not bytes
+        or type(signature) is not bytes
+        or len(signature) != SIGNATURE_BYTES
+    ):
+        raise MalformedMessage("envelope", "[protected, {}, payload, 64-byte signature]")
+    rebuilt = b"".join(
+        (
+            _HEAD,
+            cbor.byte_string_head(len(protected)),
+            protected,
+            _EMPTY_MAP,
+            cbor.byte_string_head(len(payload)),
+            payload,
+            _SIGNATURE_HEAD,
+            signature,
+        )
+    )
+    if rebuilt != raw:
+        raise MalformedMessage("envelope", "deterministic CBOR without trailing bytes")
+    message_type, algorithm, key_id = _read_protected(protected)
+    limit = MESSAGE_CLASSES[message_type].MAX_BYTES
+    if len(raw) > limit:
+        raise MalformedMessage(message_type.name.lower(), f"at most {limit} bytes, got {len(raw)}")
+    return Envelope(raw, message_type, algorithm, key_id, protected, payload, signature)
+
+
+def message_id(envelope: Envelope, ledger: str, sender: str) -> bytes:
+    """The 32-byte id of the message inside."""
+    aad = _external_aad(envelope.message_type, ledger, sender)
+    return sha256(_sig_structure(envelope.protected, aad, envelope.payload)).digest()
+
+
+def verify(envelope: Envelope, signer: Signer, ledger: str) -> bytes:
+    """Check the signature and return the message id. Raises BadSignature."""
+    to_be_signed = _sig_structure(
+        envelope.protected, _external_aad(envelope.message_type, ledger, signer.name), envelope.payload
+    )
+    if envelope.algorithm is not signer.key.algorithm or not signer.key.verifies(envelope.signature, to_be_signed):
+        raise BadSignature(signer.name, envelope.message_type.name.lower())
+    return sha256(to_be_signed).digest()
+
+
+def open_envelope(raw: bytes, ledger: str, lookup: KeyLookup) -> Opened:
+    """Parse, look up the sender, verify and decode. Raises MalformedMessage, UnknownKey or BadSignature.
+
+    The signature is checked before the payload is decoded, so that only registered senders reach the decoder.
+    """
+    envelope = parse(raw)
+    signer = lookup(envelope.key_id)
+    if signer is None:
+        raise UnknownKey(envelope.key_id)
+    identity = verify(envelope, signer, ledger)
+    message = MESSAGE_CLASSES[envelope.message_type].from_payload(envelope.payload)
+    return Opened(message, signer.name, identity, raw)
+
+
+@lru_cache(maxsize=4_096)
+def _protected_header(message_type: MessageType, algorithm: Algorithm, key_id: bytes) -> bytes:
+    return cbor.encode({1: int(algorithm), 4: key_id, 16: CONTENT_FORMAT_BASE + message_type})
+
+
+@lru_cache(maxsize=65_536)
+def _read_protected(protected: bytes) -> tuple[MessageType, Algorithm, bytes]:
+    header = cbor.decode(protected, "protected header", 64)
+    if type(header) is not dict or list(header) != [1, 4, 16]:
+        raise MalformedMessage("protected header", "{1: algorithm, 4: key id, 16: type}")
+    try:
+        algorithm = Algorithm(header[1])
+        message_type = MessageType(header[16] - CONTENT_FORMAT_BASE)
+    except (ValueError, TypeError) as error:
+        raise MalformedMessage("protected header", "a known algorithm and message type") from error
+    if type(header[4]) is not bytes or len(header[4]) != KEY_ID_BYTES:
+        raise MalformedMessage("protected header", f"a key id of {KEY_ID_BYTES} bytes")
+    return message_type, algorithm, header[4]
+
+
+@lru_cache(maxsize=65_536)
+def _external_aad(message_type: MessageType, ledger: str, sender: str) -> bytes:
+    aad = cbor.encode([int(message_type), ledger, sender])
+    return cbor.byte_string_head(len(aad)) + aad
+
+
+def _sig_structure(protected: bytes, encoded_aad: bytes, payload: bytes) -> bytes:
+    return b"".join(
+        (
+            _SIG_CONTEXT,
+            cbor.byte_string_head(len(protected)),
+            protected,
+            encoded_aad,
+            cbor.byte_string_head(len(payload)),
+            payload,
+        )
+    )
+
+
+_LARGEST: Final = max(message_class.MAX_BYTES for message_class in MESSAGE_CLASSES.values())

@@ -1,0 +1,153 @@
+"""Signing keys: Ed25519 (the default) and P-256, because TPMs and ATECC608 secure elements only do P-256.
+
+A key travels as a COSE_Key (RFC 9052 section 7) and is named by the first 16 bytes of its SHA-256 thumbprint
+(RFC 9679). Signatures are raw: 64 bytes of Ed25519 (RFC 8032), or r‖s of ECDSA with SHA-256, s in the lower half of the
+group order and the nonce deterministic (RFC 6979), so that the same message signed twice gives the same bytes.
+"""
+
+import os
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final
+
+import cbor2
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
+from cryptography.hazmat.primitives.hashes import SHA256, Hash
+
+from broker.protocol import cbor
+from broker.protocol.errors import KeyFileError, MalformedMessage
+
+SIGNATURE_BYTES: Final = 64
+KEY_ID_BYTES: Final = 16
+_MAX_COSE_KEY_BYTES: Final = 128
+
+# SEC 2, section 2.4.2: the order of the group of P-256.
+P256_ORDER: Final = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
+
+
+class Algorithm(IntEnum):
+    """Fully specified COSE algorithms (RFC 9864)."""
+
+    ED25519 = -19
+    ESP256 = -9
+
+
+@dataclass(frozen=True, slots=True)
+class PublicKey:
+    """A verification key. `cose_key` is its deterministic COSE_Key encoding and the only thing that is stored."""
+
+    algorithm: Algorithm
+    cose_key: bytes
+    key_id: bytes
+    _key: Any = field(repr=False, compare=False, hash=False)
+
+    def verifies(self, signature: bytes, message: bytes) -> bool:
+        """True if `signature` (64 raw bytes) is this key's signature of `message`; for P-256 only with low s."""
+        if len(signature) != SIGNATURE_BYTES:
+            return False
+        try:
+            if self.algorithm is Algorithm.ED25519:
+                self._key.verify(signature, message)
+                return True
+            r, s = int.from_bytes(signature[:32], "big"), int.from_bytes(signature[32:], "big")
+            if not 0 < r < P256_ORDER or not 0 < s <= P256_ORDER // 2:
+                return False
+            self._key.verify(encode_dss_signature(r, s), message, ec.ECDSA(hashes.SHA256()))
+        except InvalidSignature:
+            return False
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class PrivateKey:
+    """A signing key with its public half."""
+
+    public: PublicKey
+    _key: Any = field(repr=False, compare=False, hash=False)
+
+    def sign(self, message: bytes) -> bytes:
+        """The raw 64-byte signature of `message`; the same message always gives the same bytes."""
+        if self.public.algorithm is Algorithm.ED25519:
+            signature: bytes = self._key.sign(message)
+            return signature
+        r, s = decode_dss_signature(self._key.sign(message, ec.ECDSA(hashes.SHA256(), deterministic_signing=True)))
+        return r.to_bytes(32, "big") + min(s, P256_ORDER - s).to_bytes(32, "big")
+
+
+def generate_private_key(algorithm: Algorithm = Algorithm.ED25519) -> PrivateKey:
+    """A new key from the operating system's random source."""
+    if algorithm is Algorithm.ED25519:
+        return _private(ed25519.Ed25519PrivateKey.generate())
+    return _private(ec.generate_private_key(ec.SECP256R1()))
+
+
+@lru_cache(maxsize=65_536)
+def public_key_from_cose(cose_key: bytes) -> PublicKey:
+    """Read a COSE_Key: OKP/Ed25519 {1: 1, -1: 6, -2: x} or EC2/P-256 {1: 2, -1: 1, -2: x, -3: y}.
+
+    Raises MalformedMessage for any other key or encoding. Cached, because loading a key costs about as much as using it.
+    """
+    value = cbor.decode(cose_key, "COSE_Key", _MAX_COSE_KEY_BYTES)
+    if not isinstance(value, dict):
+        raise MalformedMessage("COSE_Key", "a map")
+    try:
+        if list(value) == [1, -1, -2] and value[1] == 1 and value[-1] == 6:
+            return _public(ed25519.Ed25519PublicKey.from_public_bytes(value[-2]))
+        if list(value) == [1, -1, -2, -3] and value[1] == 2 and value[-1] == 1:
+            x, y = value[-2], value[-3]
+            if isinstance(x, bytes) and isinstance(y, bytes) and len(x) == len(y) == 32:
+                return _public(ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), b"\x04" + x + y))
+    except (ValueError, TypeError) as error:
+        raise MalformedMessage("COSE_Key", "a point of its curve") from error
+    raise MalformedMessage("COSE_Key", "an Ed25519 or P-256 public key")
+
+
+def save_private_key(path: Path, key: PrivateKey) -> None:
+    """Write PKCS #8 PEM, readable by its owner only. Raises FileExistsError rather than overwrite a key."""
+    pem = key._key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(pem)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def load_private_key(path: Path) -> PrivateKey:
+    """Read an Ed25519 or P-256 private key in PEM. Raises KeyFileError saying what is wrong and what to do."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise KeyFileError(str(path), f"{error.strerror}; make a key with `energy-broker key new {path}`") from error
+    try:
+        key = serialization.load_pem_private_key(raw, password=None)
+    except (ValueError, TypeError) as error:
+        raise KeyFileError(str(path), "not an unencrypted private key in PEM") from error
+    if isinstance(key, ed25519.Ed25519PrivateKey) or (
+        isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, ec.SECP256R1)
+    ):
+        return _private(key)
+    raise KeyFileError(str(path), "expected an Ed25519 or P-256 key")
+
+
+def _private(key: ed25519.Ed25519PrivateKey | ec.EllipticCurvePrivateKey) -> PrivateKey:
+    return PrivateKey(_public(key.public_key()), key)
+
+
+def _public(key: ed25519.Ed25519PublicKey | ec.EllipticCurvePublicKey) -> PublicKey:
+    if isinstance(key, ed25519.Ed25519PublicKey):
+        algorithm = Algorithm.ED25519
+        cose_key = cbor2.dumps({1: 1, -1: 6, -2: key.public_bytes_raw()})
+    else:
+        algorithm = Algorithm.ESP256
+        numbers = key.public_numbers()
+        cose_key = cbor2.dumps({1: 2, -1: 1, -2: numbers.x.to_bytes(32, "big"), -3: numbers.y.to_bytes(32, "big")})
+    digest = Hash(SHA256())
+    digest.update(cose_key)
+    return PublicKey(algorithm, cose_key, digest.finalize()[:KEY_ID_BYTES], key)

@@ -1,0 +1,749 @@
+"""Every message of the protocol as a frozen value class with its wire form.
+
+The number of a MessageType is part of what is signed and never changes. Payload maps have integer keys 0 to 23; the
+CDDL files in `schema/` say the same thing for other programs, and the tests hold the two against each other.
+Energy is in whole Wh, power in W, time in UTC epoch seconds, prices in µ-currency per kWh.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import ClassVar, Final, Self
+
+from broker.protocol import cbor
+from broker.protocol.codec import (
+    Boolean,
+    Bytes,
+    Choice,
+    Field,
+    Many,
+    Name,
+    Row,
+    Text,
+    Unsigned,
+    decode_fields,
+    encode_fields,
+)
+from broker.protocol.limits import (
+    MAX_BATCH_BYTES,
+    MAX_BLOCK_BYTES,
+    MAX_BROKER_MESSAGE_BYTES,
+    MAX_METER_MESSAGE_BYTES,
+    MAX_PATH_BROKERS,
+    MAX_REASON_CHARACTERS,
+)
+from broker.protocol.sources import Source
+
+HASH_BYTES: Final = 32
+PSEUDONYM_BYTES: Final = 16
+ORDER_ID_BYTES: Final = 16
+REQUEST_ID_BYTES: Final = 8
+_COSE_KEY: Final = Bytes(40, 128)
+_HASH: Final = Bytes(HASH_BYTES, HASH_BYTES)
+_REASON: Final = Text(MAX_REASON_CHARACTERS)
+
+
+class MessageType(IntEnum):
+    """What a signed message is; stands in its protected header and in what is signed."""
+
+    READING = 1
+    DEMAND = 2
+    RECEIPT = 3
+    DELIVERY = 4
+    METER_STATUS = 5
+    ORDER = 6
+    ORDER_ANSWER = 7
+    CLEARED = 8
+    BROKER_STATUS = 9
+    STOCK = 10
+    BATCH = 11
+    RESULT = 12
+    QUERY = 13
+    PAGE = 14
+    BLOCK = 15
+    CHECKPOINT = 16
+    TICK = 17
+    REGISTRATION = 18
+    ADMISSION = 19
+    MANDATE = 20
+    END_OF_MANDATE = 21
+
+
+class Quality(IntEnum):
+    """How the energy of an interval became known."""
+
+    MEASURED = 0
+    INTERPOLATED = 1
+    ESTIMATED = 2
+    MISSING = 3
+
+
+class Carrier(IntEnum):
+    """Energy carrier of an asset."""
+
+    ELECTRICITY = 0
+
+
+class Role(IntEnum):
+    """What a registered party is on the ledger."""
+
+    BROKER = 1
+    PROVIDER = 2
+
+
+class ReceiptStatus(IntEnum):
+    """ACCEPTED means durably accepted, nothing more. CONFLICT: another payload for the same interval and revision."""
+
+    ACCEPTED = 0
+    REFUSED = 1
+    CONFLICT = 2
+
+
+class DeliveryState(IntEnum):
+    """OPEN: more may come until gate 2. FINAL: the interval is closed and the rest is on record as unmatched."""
+
+    OPEN = 0
+    FINAL = 1
+
+
+class AnswerStatus(IntEnum):
+    DONE = 0
+    REFUSED = 1
+
+
+class ResultStatus(IntEnum):
+    COMMITTED = 0
+    REFUSED = 1
+
+
+class QueryKind(IntEnum):
+    """HOLDINGS: all assets that the asking broker owns. BLOCKS: the ledger's blocks from a height on."""
+
+    HOLDINGS = 1
+    BLOCKS = 2
+
+
+class Message:
+    """Base of all message classes. A subclass gives TYPE, FIELDS and MAX_BYTES (of the whole signed envelope)."""
+
+    __slots__ = ()
+    TYPE: ClassVar[MessageType]
+    FIELDS: ClassVar[tuple[Field, ...]]
+    MAX_BYTES: ClassVar[int] = MAX_BROKER_MESSAGE_BYTES
+
+    def to_payload(self) -> bytes:
+        """The deterministic CBOR map of this message."""
+        return cbor.encode(encode_fields(self.FIELDS, self))
+
+    @classmethod
+    def from_payload(cls, payload: bytes) -> Self:
+        """Read a payload. Raises MalformedMessage naming the field that is wrong."""
+        where = cls.TYPE.name.lower()
+        return cls(*decode_fields(cls.FIELDS, cbor.decode(payload, where, cls.MAX_BYTES), where))
+
+
+@dataclass(frozen=True, slots=True)
+class MeterValue(Message):
+    """Energy that one meter counted in one market interval. Base of Reading and Demand, which look alike."""
+
+    meter: str
+    start_s: int
+    end_s: int
+    revision: int
+    energy_wh: int
+    quality: Quality
+    carrier: Carrier
+    sampled_s: tuple[int, int] | None = None
+    """Times of the samples that the boundary values rest on, first and last, where they are not the boundaries."""
+
+    FIELDS: ClassVar[tuple[Field, ...]] = (
+        Field(0, "meter", Name()),
+        Field(1, "start_s", Unsigned()),
+        Field(2, "end_s", Unsigned()),
+        Field(3, "revision", Unsigned(maximum=65_535)),
+        Field(4, "energy_wh", Unsigned()),
+        Field(5, "quality", Choice(Quality)),
+        Field(6, "carrier", Choice(Carrier)),
+        Field(7, "sampled_s", Row((Unsigned(), Unsigned())), optional=True),
+    )
+    MAX_BYTES: ClassVar[int] = MAX_METER_MESSAGE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Reading(MeterValue):
+    """What a generating device fed in. The ledger's issue carries this message, signed by the meter, inside."""
+
+    TYPE: ClassVar[MessageType] = MessageType.READING
+
+
+@dataclass(frozen=True, slots=True)
+class Demand(MeterValue):
+    """What a consumer drew. Stays between meter and broker; the ledger sees a salted commitment to it."""
+
+    TYPE: ClassVar[MessageType] = MessageType.DEMAND
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt(Message):
+    """The broker's answer to a reading or demand. The same message always gets the same answer."""
+
+    meter: str
+    kind: MessageType
+    start_s: int
+    revision: int
+    status: ReceiptStatus
+    message_id: bytes
+    reason: str | None = None
+    pseudonym: bytes | None = None
+    commitment: bytes | None = None
+    contract_hash: bytes | None = None
+    clear_by_s: int | None = None
+
+    TYPE: ClassVar[MessageType] = MessageType.RECEIPT
+    FIELDS: ClassVar[tuple[Field, ...]] = (
+        Field(0, "meter", Name()),
+        Field(1, "kind", Choice(MessageType)),
+        Field(2, "start_s", Unsigned()),
+        Field(3, "revision", Unsigned(maximum=65_535)),
+        Field(4, "status", Choice(ReceiptStatus)),
+        Field(5, "message_id", _HASH),
+        Field(6, "reason", _REASON, optional=True),
+        Field(7, "pseudonym", Bytes(PSEUDONYM_BYTES, PSEUDONYM_BYTES), optional=True),
+        Field(8, "commitment", _HASH, optional=True),
+        Field(9, "contract_hash", _HASH, optional=True),
+        Field(10, "clear_by_s", Unsigned(), optional=True),
+    )
+    MAX_BYTES: ClassVar[int] = MAX_METER_MESSAGE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveredLine:
+    """Wh of one source that a demand got, for the contract line with that index (NO_LINE: a substitute)."""
+
+    line: int
+    source: Source
+    energy_wh: int
+
+
+NO_LINE: Final = 255
+"""The line index of a substitute that stands in no line of the contract."""
+
+MAX_LINES: Final = 32
+"""Contract lines; more than every source and group there is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery(Message):
+    """What a demand got, line by line. `unmatched_wh` is what no asset stands for (so far, while OPEN)."""
+
+    meter: str
+    start_s: int
+    end_s: int
+    revision: int
+    demanded_wh: int
+    unmatched_wh: int
+    state: DeliveryState
+    lines: tuple[DeliveredLine, ...]
+
+    TYPE: ClassVar[MessageType] = MessageType.DELIVERY
+    FIELDS: ClassVar[tuple[Field, ...]] = (
+        Field(0, "meter", Name()),
+        Field(1, "start_s", Unsigned()),
+        Field(2, "end_s", Unsigned()),
+        Field(3, "revision", Unsigned(maximum=65_535)),
+        Field(4, "demanded_wh", Unsigned()),
+        Field(5, "unmatched_wh", Unsigned()),
+        Field(6, "state", Choice(DeliveryState)),
+        Field(7, "lines", Many(Row((Unsigned(NO_LINE), Choice(Source), Unsigned()), DeliveredLine), 64)),
+    )
+    MAX_BYTES: ClassVar[int] = MAX_METER_MESSAGE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class MeterStatus(Message):
+    """How an agent's meter fares; retained, and the agent's last will says `online = false`."""
+
+    meter: str
+    online: bool
+    time_s: int
+    waiting: int
+    """Intervals in the outbox that have no receipt yet."""
+    fault: str | None = None
+
+    TYPE: ClassVar[MessageType] = MessageType.METER_STATUS
+    FIELDS: ClassVar[tuple[Field, ...]] = (
+        Field(0, "meter", Name()),
+        Field(1, "online", Boolean()),
+        Field(2, "time_s", Unsigned()),
+        Field(3, "waiting", Unsigned()),
+        Field(4, "fault", _REASON, optional=True),
+    )
+    MAX_BYTES: ClassVar[int] = MAX_METER_MESSAGE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Order(Message):
+    """The first change request: a broker asks a neighbour for energy. Firm, and only for the last broker of `path`.
+
+    Transfers under it never exceed `energy_wh`, and the ledger refuses them after the requester's close or void.
+    """
+
+    order_id: bytes
+    requester: str
+    source: Source
+    start_s: int
+    end_s: int
+    energy_wh: int
+    highest_price: int
+    not_after_s: int
+    path: tuple[str, ...]
+
+    TYPE: ClassVar[MessageType] = MessageType.ORDER
+    FIELDS: ClassVar[tuple[Field, ...]] = (
+        Field(0, "order_id", Bytes(ORDER_ID_BYTES, ORDER_ID_BYTES)),
+        Field(1, "requester", Name()),
+        Field(2, "source", Choice(Source)),
+        Field(3, "start_s", Unsigned()),
+        Field(4, "end_s", Unsigned()),
+        Field(5, "energy_wh", Unsigned(minimum=1)),
+        Field(6, "highest_price", Unsigned()),
+        Field(7, "not_after_s", Unsigned()),
+        Field(8, "path", Many(Name(), MAX_PATH_BROKERS, minimum=2)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class OrderAnswer(Message):
+    """The neighbour's answer. DONE is a hint: the asker believes only the ledger. `energy_wh` may be less than asked."""
+
+    order_id: bytes
+    status: AnswerStatus
+    energy_wh: int
+    batch_id: bytes | None = None
+    reason: str | None = None
+
+    TYPE: ClassVar[MessageType] = MessageType.ORDER_ANSWER
+    FIELDS: ClassVar[tuple[Field, ...]] = (
+        Field(0, "order_id", Bytes(ORDER_ID_BYTES, ORDER_ID_BYTES)),
+        Field(1, "status", Choice(AnswerStatus)),
+        Field(2, "energy_wh", Unsigned()),
+        Field(3, "batch_id", _HASH, optional=True),
+        Field(4, "reason", _REASON, optional=True),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SourceAmount:
+    """Wh of one source."""
+
+    source: Source
+    energy_wh: int
+
+
+@dataclass(frozen=True, slots=True)
+class NeighbourCount:
+    """How many orders of this interval go to one neighbour."""
+
+    neighbour: str
+    orders: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cleared(Message):
+    """A broker has cleared its own stock for the interval; what it lacks, and how many orders went to whom.
+
+    A supplier that has this from all its neighbours knows which orders it still has to wait for.
+    """
+
+    broker: str
+    start_s: int
+    end_s: int
+    shortages: tuple[SourceAmount, ...]
+    asked: tuple[NeighbourCount, ...]
+
+    TYPE: ClassVar[MessageType] = MessageType.CLEARED
+    FIELDS: ClassVar[tuple[Field, ...]] = (
+        Field(0, "broker", Name()),
+        Field(1, "start_s", Unsigned()),
+        Field(2, "end_s", Unsigned()),
+        Field(3, "shortages", Many(Row((Choice(Source), Unsigned()), SourceAmount), 16)),
+        Field(4, "asked", Many(Row((Name(), Unsigned()), NeighbourCount), 256)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerStatus(Message):
+    """Retained; the broker's last will says `online = false`."""
+
+    broker: str
+    online: bool
+    market_time_s: int
+    version: str
+
+    TYPE: ClassVar[MessageType] = MessageType.BROKER_STATUS
+    FIELDS: ClassVar[tuple[Field, ...]] = (
+        Field(0, "broker", Name()),
+        Field(1, "online", Boolean()),
+        Field(2, "market_time_s", Unsigned()),
+        Field(3, "version", Text(32)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SourceOffer:
+    """Coarse stock of one source (Wh, rounded down) and its price (µ per kWh)."""
+
+    source: Source
+    energy_wh: int
+    price: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stock(Message):
+    """What a broker had left of each source after its last clearing; retained and coarse, a hint for whom to ask."""
+
+    broker: str
+    start_s: int
+    end_s: int
+    offers: tuple[SourceOffer, ...]
+
+    TYPE: ClassVar[MessageType] = MessageType.STOCK
+    FIELDS: ClassVar[tuple[Field, ...]] = (
+        Field(0, "broker", Name()),
+        Field(1, "start_s", Unsigned()),
+        Field(2, "end_s", Unsigned()),
+        Field(3, "offers", Many(Row((Choice(Source), Unsigned(), Unsigned()), SourceOffer), 16)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Batch(Message):
+    """Ledger operations, applied whole or refused whole. Each item is the CBOR of one operation (`ledger.operations`).
+
+    `not_after_s` is market time: after the submitter's close of an interval that ends there or later, it is refused.
+    """
+
+    not_after_s: int
+    operations: tuple[bytes, ...]
+
+    TYPE: ClassVar[MessageType] = MessageType.BATCH
+    FIELDS: ClassVar[tuple[Field, ...]] = (
+        Field(0, "not_after_s", Unsigned()),
+        Field(1, "operations", Many(Bytes(2, MAX_BATCH_BYTES), 4_096, minimum=1)),
+    )
+    MAX_BYTES: ClassVar[int] = MAX_BATCH_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Result(Message):
+    """What became of a batch. A refusal names the operation at fault and is not sticky."""
+
+    batch_id: bytes
+    status: ResultStatus
+    height: int | None = None
+    operation: int | None = None
+    reason: str | None = None
+
+    TYPE: ClassVar[MessageType] = MessageType.RESULT
+    FIELDS: ClassVar[tuple[Field, ...]] = (
+        Field(0, "batch_id", _HASH),
+        Field(1, "status", Choice(ResultStatus)),
+        Field(2, "height", Unsigned(), optional=True),
+        Field(3, "operation", Unsigned(), optional=True),
+        Field(4, "reason", _REASON, optional=True),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Query(Message):
+    """A question to the ledger, answered with Pages. `cursor` is opaque and comes from the page before."""
+
+    request_id: bytes
+    kind: QueryKind
+    cursor: bytes | None = None
+    from_height: int | None = None
+
+    TYPE: ClassVar[MessageType] = MessageType.QUERY
+    FIELDS: ClassVar[tuple[Field, ...]] = (
+        Field(0, "request_id", Bytes(REQUEST_ID_BYTES, REQUEST_ID_BYTES)),
+        Field(1, "kind", Choice(QueryKind)),
+        Field(2, "cursor", Bytes(1, 256), optional=True),
+        Field(3, "from_height", Unsigned(), optional=True),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Message):
+    """Part of an answer: `entries` are blocks (envelopes) or holdings (CBOR rows), true at `height`."""
+
+    request_id: bytes
+    kind: QueryKind
+    height: int
+    entries: tuple[bytes, ...]
+    next_cursor: bytes | None = None
+
+    TYPE: ClassVar[MessageType] = MessageType.PAGE
+    FIELDS: ClassVar[tuple[Field, ...]] = (
+        Field(0, "request_id", Bytes(REQUEST_ID_BYTES, REQUEST_ID_BYTES)),
+        Field(1, "kind", Choice(QueryKind)),
+        Field(2, "height", Unsigned()),
+        Field(3, "entries", Many(Bytes(1, MAX_BLOCK_BYTES), 4_096)),
+        Field(4, "next_cursor", Bytes(1, 256), optional=True),
+    )
+    MAX_BYTES: ClassVar[int] = 2 * MAX_BLOCK_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Block(Message):
+    """One step of the ledger, signed by the node that made it. Its id is the hash that the next block names.
+
+    `batches` are signed batch envelopes in the order applied. `tree_size` and `root` are the RFC 9162 tree over all
+    operations so far; `state_hash` covers the operations and the state that they made.
+    """
+
+    height: int
+    previous: bytes
+    batches: tuple[bytes, ...]
+    tree_size: int
+    root: bytes
+    state_hash: bytes
+
+    TYPE: ClassVar[MessageType] = MessageType.BLOCK
+    FIELDS: ClassVar[tuple[Field, ...]] = (
+        Field(0, "height", Unsigned(minimum=1)),
+        Field(1, "previous", _HASH),
+        Field(2, "batches", Many(Bytes(1, MAX_BATCH_BYTES), 1_024, minimum=1)),
+        Field(3, "tree_size", Unsigned()),
+        Field(4, "root", _HASH),
+        Field(5, "state_hash", _HASH),
+    )
+    MAX_BYTES: ClassVar[int] = MAX_BLOCK_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint(Message):
+    """The ledger's head, signed and retained: what an inclusion proof ends in and what two copies are compared by."""
+
+    height: int
+    block_id: bytes
+    tree_size: int
+    root: bytes
+    state_hash: bytes
+
+    TYPE: ClassVar[MessageType] = MessageType.CHECKPOINT
+    FIELDS: ClassVar[tuple[Field, ...]] = (
+        Field(0, "height", Unsigned()),
+        Field(1, "block_id", _HASH),
+        Field(2, "tree_size", Unsigned()),
+        Field(3, "root", _HASH),
+        Field(4, "state_hash", _HASH),
+    )
+
+
+class Stage(IntEnum):
+    """Who acts at a tick: first the simulated world moves its meters, then agents and brokers read and trade."""
+
+    WORLD = 0
+    MARKET = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Tick(Message):
+    """Simulated calendar time, by the conductor that the genesis of a simulated ledger admits; retained."""
+
+    time_s: int
+    stage: Stage
+
+    TYPE: ClassVar[MessageType] = MessageType.TICK
+    FIELDS: ClassVar[tuple[Field, ...]] = (
+        Field(0, "time_s", Unsigned()),
+        Field(1, "stage", Choice(Stage)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Registration(Message):
+    """A registrar admits a party with its key. It signs; the sender is the registrar."""
+
+    party: str
+    role: Role
+    key: bytes
+
+    TYPE: ClassVar[MessageType] = MessageType.REGISTRATION
+    FIELDS: ClassVar[tuple[Field, ...]] = (
+        Field(0, "party", Name()),
+        Field(1, "role", Choice(Role)),
+        Field(2, "key", _COSE_KEY),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Admission(Message):
+    """A registrar admits a generating device, named by the name of its meter."""
+
+    device: str
+    owner: str
+    meter_key: bytes
+    source: Source
+    carrier: Carrier
+    capacity_w: int
+    area: str
+    place: str
+    commissioned_s: int
+
+    TYPE: ClassVar[MessageType] = MessageType.ADMISSION
+    FIELDS: ClassVar[tuple[Field, ...]] = (
+        Field(0, "device", Name()),
+        Field(1, "owner", Name()),
+        Field(2, "meter_key", _COSE_KEY),
+        Field(3, "source", Choice(Source)),
+        Field(4, "carrier", Choice(Carrier)),
+        Field(5, "capacity_w", Unsigned(minimum=1)),
+        Field(6, "area", Name()),
+        Field(7, "place", Text(64)),
+        Field(8, "commissioned_s", Unsigned()),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Mandate(Message):
+    """A provider lets one broker take ownership of what a device generates from `from_s` on. Exclusive per device."""
+
+    device: str
+    owner: str
+    broker: str
+    from_s: int
+
+    TYPE: ClassVar[MessageType] = MessageType.MANDATE
+    FIELDS: ClassVar[tuple[Field, ...]] = (
+        Field(0, "device", Name()),
+        Field(1, "owner", Name()),
+        Field(2, "broker", Name()),
+        Field(3, "from_s", Unsigned()),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class EndOfMandate(Message):
+    """The provider ends a mandate at a coming boundary. What the broker owns by then stays with it."""
+
+    device: str
+    owner: str
+    end_s: int
+
+    TYPE: ClassVar[MessageType] = MessageType.END_OF_MANDATE
+    FIELDS: ClassVar[tuple[Field, ...]] = (
+        Field(0, "device", Name()),
+        Field(1, "owner", Name()),
+        Field(2, "end_s", Unsigned()),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class NamedKey:
+    """A party's name and its COSE_Key."""
+
+    name: str
+    key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Genesis:
+    """What a ledger is founded on. Not signed: its hash is what everyone compares (`trust.json` carries it).
+
+    `validators` sign blocks and checkpoints. `conductor` (only with `simulated`) may tick calendar time.
+    """
+
+    ledger: str
+    interval_s: int
+    gate_1_s: int
+    gate_2_s: int
+    correction_deadline_s: int
+    currency: str
+    areas: tuple[str, ...]
+    registrars: tuple[NamedKey, ...]
+    validators: tuple[NamedKey, ...]
+    simulated: bool
+    conductor: NamedKey | None = None
+
+    FIELDS: ClassVar[tuple[Field, ...]] = (
+        Field(0, "ledger", Name()),
+        Field(1, "interval_s", Unsigned()),
+        Field(2, "gate_1_s", Unsigned()),
+        Field(3, "gate_2_s", Unsigned()),
+        Field(4, "correction_deadline_s", Unsigned()),
+        Field(5, "currency", Text(3)),
+        Field(6, "areas", Many(Name(), 64, minimum=1)),
+        Field(7, "registrars", Many(Row((Name(), _COSE_KEY), NamedKey), 16, minimum=1)),
+        Field(8, "validators", Many(Row((Name(), _COSE_KEY), NamedKey), 64, minimum=1)),
+        Field(9, "simulated", Boolean()),
+        Field(10, "conductor", Row((Name(), _COSE_KEY), NamedKey), optional=True),
+    )
+
+    def to_bytes(self) -> bytes:
+        return cbor.encode(encode_fields(self.FIELDS, self))
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> Self:
+        """Read a genesis. Raises MalformedMessage naming the field that is wrong."""
+        return cls(*decode_fields(cls.FIELDS, cbor.decode(raw, "genesis", MAX_BROKER_MESSAGE_BYTES), "genesis"))
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A participant's answer to a tick, unsigned: it moves nothing but the simulation's clock.
+
+    `idle`: everything that the tick (`time_s`, `stage`) caused is committed, and nothing of the participant's is under
+    way. `next_wake_s`: the market time of its next own work. `height`: the ledger height that it has taken in.
+    """
+
+    participant: str
+    time_s: int
+    stage: Stage
+    idle: bool
+    next_wake_s: int | None = None
+    height: int | None = None
+
+    FIELDS: ClassVar[tuple[Field, ...]] = (
+        Field(0, "participant", Name()),
+        Field(1, "time_s", Unsigned()),
+        Field(2, "stage", Choice(Stage)),
+        Field(3, "idle", Boolean()),
+        Field(4, "next_wake_s", Unsigned(), optional=True),
+        Field(5, "height", Unsigned(), optional=True),
+    )
+
+    def to_bytes(self) -> bytes:
+        return cbor.encode(encode_fields(self.FIELDS, self))
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> Self:
+        """Read a report. Raises MalformedMessage naming the field that is wrong."""
+        return cls(*decode_fields(cls.FIELDS, cbor.decode(raw, "report", MAX_METER_MESSAGE_BYTES), "report"))
+
+
+MESSAGE_CLASSES: Final[dict[MessageType, type[Message]]] = {
+    message_class.TYPE: message_class
+    for message_class in (
+        Reading,
+        Demand,
+        Receipt,
+        Delivery,
+        MeterStatus,
+        Order,
+        OrderAnswer,
+        Cleared,
+        BrokerStatus,
+        Stock,
+        Batch,
+        Result,
+        Query,
+        Page,
+        Block,
+        Checkpoint,
+        Tick,
+        Registration,
+        Admission,
+        Mandate,
+        EndOfMandate,
+    )
+}
