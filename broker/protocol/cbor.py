@@ -17,9 +17,7 @@ from broker.protocol.limits import MAX_NESTING
 
 # cbor2 before 6 (still what armv7 machines get) has no max_depth; there the size limits bound the nesting, and the
 # interpreter's own recursion limit turns the rest into RecursionError, which is caught below.
-_DEPTH: Final[dict[str, Any]] = (
-    {"max_depth": MAX_NESTING} if "max_depth" in str(inspect.signature(cbor2.loads)) else {}
-)
+_DEPTH: Final[dict[str, Any]] = {"max_depth": MAX_NESTING} if "max_depth" in str(inspect.signature(cbor2.loads)) else {}
 
 
 def encode(value: Any) -> bytes:
