@@ -1,0 +1,5 @@
+"""The agent on the gateway: meter registers → intervals → journal → signed readings and demands to the broker.
+
+Start reading at `service.py` (the loop) and `intervals.py` (how registers become whole Wh per interval, pure).
+`readings.py` is what readers and core agree on; `readers/` has one module for each meter protocol.
+"""
