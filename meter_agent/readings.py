@@ -13,7 +13,8 @@ class Sample:
 
     `monotonic_s` and `time_s` (UTC epoch) are of the agent's clock at the moment the reply was complete. Cumulative
     registers are exact integers in milli-watt-hours; None is a register that this meter does not have. `power_w` is the
-    momentary power, import positive, and takes no part in the accounting.
+    momentary power, import positive, and takes no part in the accounting. The rollovers are the mWh at which a register
+    starts again at 0, None if that is not known.
     """
 
     monotonic_s: float
@@ -22,6 +23,8 @@ class Sample:
     export_mwh: int | None
     power_w: int | None = None
     serial_number: str | None = None
+    import_rollover_mwh: int | None = None
+    export_rollover_mwh: int | None = None
 
 
 class ReadFailure(Exception):

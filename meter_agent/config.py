@@ -1,0 +1,162 @@
+"""The agent's config file as frozen dataclasses; `firmware_config/examples/agent.toml` shows every key.
+
+Only values are checked here. Whether files exist, keys load and profiles are known is checked where they are used, and
+by `meter-agent check-config`.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Final, Literal, TypeAlias
+
+from broker.protocol.errors import MalformedMessage
+from broker.protocol.keys import PublicKey, public_key_from_cose
+from broker.protocol.mqtt_link import MqttConfig
+from firmware_config.loader import Between, OneName, WrongValue, load_config
+
+MAX_METERS: Final = 64
+"""Meters of one agent: two full RS-485 segments. Each has its own journal rows and status message."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModbusTcpConfig:
+    """A meter behind Modbus TCP. `profile` names a file in `firmware_config/meters/`."""
+
+    protocol: Literal["modbus_tcp"]
+    profile: str
+    host: str
+    port: Annotated[int, Between(1, 65_535)] = 502
+    device_id: Annotated[int, Between(0, 255)] = 1
+    timeout_s: Annotated[float, Between(0.05, 60)] = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModbusRtuConfig:
+    """A meter on a serial line that speaks Modbus RTU. What is left out is taken from the profile."""
+
+    protocol: Literal["modbus_rtu"]
+    profile: str
+    port: Path
+    device_id: Annotated[int, Between(1, 247)] = 1
+    baud: Annotated[int, Between(300, 921_600)] | None = None
+    parity: Literal["N", "E", "O"] | None = None
+    stop_bits: Literal[1, 2] | None = None
+    timeout_s: Annotated[float, Between(0.05, 60)] = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class P1Config:
+    """A DSMR P1 port. The meter pushes a telegram every 1 or 10 s, hence the long time limit."""
+
+    protocol: Literal["p1"]
+    port: Path
+    baud: Annotated[int, Between(300, 921_600)] = 115_200
+    timeout_s: Annotated[float, Between(0.05, 60)] = 15.0
+
+
+ReaderConfig: TypeAlias = ModbusTcpConfig | ModbusRtuConfig | P1Config
+
+
+@dataclass(frozen=True, slots=True)
+class MeterConfig:
+    """One meter: what it counts, how it is read, and the key that it signs with.
+
+    `capacity_w` is the most that its line can carry or its generator make; a change of the register beyond 110 % of it
+    is no reading. `resolution_wh` is the largest step in which the register counts. `stuck_after_wh`: a register that
+    stands still while the meter's own power adds up to this much is stuck.
+    """
+
+    direction: Literal["consumption", "generation"]
+    key_file: Path
+    capacity_w: Annotated[int, Between(1, 10_000_000_000)]
+    reader: ReaderConfig
+    register: Literal["import", "export"] | None = None
+    sample_period_s: Annotated[float, Between(0.1, 900)] = 10.0
+    resolution_wh: Annotated[int, Between(1, 1_000_000)] = 100
+    stuck_after_wh: Annotated[int, Between(1, 1_000_000_000)] = 1_000
+
+    @property
+    def register_name(self) -> Literal["import", "export"]:
+        """The register that is billed: as configured, or import for consumption and export for generation."""
+        if self.register is not None:
+            return self.register
+        return "import" if self.direction == "consumption" else "export"
+
+
+@dataclass(frozen=True, slots=True)
+class NamedMeter:
+    """A meter with the name that it has in topics and messages: what a reader is made from."""
+
+    name: str
+    config: MeterConfig
+
+
+@dataclass(frozen=True, slots=True)
+class PartyKey:
+    """A party of the protocol and its public key, a COSE_Key in hex digits as it stands in `trust.json`."""
+
+    name: Annotated[str, OneName()]
+    key: str
+
+    def __post_init__(self) -> None:
+        try:
+            self.public_key()
+        except (ValueError, MalformedMessage) as error:
+            raise WrongValue("key", f"the hex digits of a COSE_Key ({error})") from error
+
+    def public_key(self) -> PublicKey:
+        """The key itself."""
+        return public_key_from_cose(bytes.fromhex(self.key))
+
+
+@dataclass(frozen=True, slots=True)
+class AgentSettings:
+    """The agent itself: where it keeps its journal, whom it reports to, where it takes time from.
+
+    `name` is how it takes part in simulated time and what its MQTT client id is made of; the first meter's name unless
+    given. With `require_synchronised_clock` no interval is sealed before the operating system says that its clock is
+    synchronised. Acknowledged intervals are kept for `keep_days`.
+    """
+
+    data_dir: Path
+    broker: PartyKey
+    ledger: Annotated[str, OneName()]
+    name: Annotated[str, OneName()] | None = None
+    interval_s: Literal[900, 1800, 3600] = 1800
+    clock: Literal["system", "conductor"] = "system"
+    conductor: PartyKey | None = None
+    require_synchronised_clock: bool = True
+    keep_days: Annotated[int, Between(1, 3_660)] = 92
+
+    def __post_init__(self) -> None:
+        if self.clock == "conductor" and self.conductor is None:
+            raise WrongValue("conductor", 'a table with name and key, because clock = "conductor"')
+        if self.clock == "system" and self.conductor is not None:
+            raise WrongValue("conductor", 'no table, because clock = "system"')
+
+
+@dataclass(frozen=True, slots=True)
+class AgentConfig:
+    """The whole file."""
+
+    agent: AgentSettings
+    meters: dict[Annotated[str, OneName()], MeterConfig]
+    mqtt: MqttConfig = field(default_factory=MqttConfig)
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.meters) <= MAX_METERS:
+            raise WrongValue("meters", f"1 to {MAX_METERS} tables [meters.NAME], got {len(self.meters)}")
+
+    @property
+    def name(self) -> str:
+        """The agent's name."""
+        return self.agent.name or next(iter(self.meters))
+
+    @property
+    def named_meters(self) -> tuple[NamedMeter, ...]:
+        """All meters in the order of the file."""
+        return tuple(NamedMeter(name, config) for name, config in self.meters.items())
+
+
+def load_agent_config(path: Path) -> AgentConfig:
+    """Read an agent's config file. Raises ConfigError."""
+    return load_config(path, AgentConfig)
