@@ -266,7 +266,7 @@ def contract_bytes(contract: Contract) -> bytes:
 
 
 def contract_from_bytes(raw: bytes) -> Contract:
-    """Read what `contract_bytes` wrote. Raises MalformedMessage, or ContractError for a contract that makes no sense."""
+    """Read what `contract_bytes` wrote. Raises MalformedMessage, or ContractError where the contract makes no sense."""
     values = decode_fields(_FIELDS, cbor.decode(raw, "contract", MAX_METER_MESSAGE_BYTES), "contract")
     valid_from_s, lines, shortage, substitutes, highest_price, preferred_providers, area = values
     contract = make_contract(

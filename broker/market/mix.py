@@ -7,16 +7,16 @@ accounting period began, a demand of d Wh is divided by the weights
 
 which say how far each line will be behind its share (in millionths of a Wh) once the demand is delivered. Each line
 gets floor(d * w_l / W), W being the sum of the weights, and each of the few Wh still missing goes to the line that is
-then furthest behind, the earlier one in the contract if two are level. So every Wh has a line, and what a line was short
-of before is caught up. docs/market.md has worked tables.
+then furthest behind, the earlier one in the contract if two are level. So every Wh has a line, and what a line was
+short of before is caught up. docs/market.md has worked tables.
 
 The missing Wh do not go to the largest remainder of d * w_l / W, which looks simpler: every small line that was ahead
 by a rounded-up Wh takes its Wh from the large line, those debts add up, and with eleven lines some stand 5 Wh off their
 share within a day. Going to whoever is behind, no line was ever found 1.5 Wh off while supply is ample.
 
-W is at least 1 000 000 * d, because the shares add up to 1 000 000 and the h_l to at most H. So the weights are all zero
-only when d is zero, and then there is nothing to divide; and a line with no weight never gets a missing Wh, because some
-other one is still behind.
+W is at least 1 000 000 * d, because the shares add up to 1 000 000 and the h_l to at most H. So the weights are all
+zero only when d is zero, and then there is nothing to divide; and a line with no weight never gets a missing Wh,
+because some other one is still behind.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from broker.market.contracts import WHOLE_PPM, History
 
 
 def apportion(total: int, weights: Sequence[int]) -> list[int]:
-    """Divide `total` whole units by `weights`: the floor of total * w / W each, the missing ones to the largest remainders.
+    """Divide `total` whole units by `weights`: the floor of total * w / W each, the rest to the largest remainders.
 
     Ties go by position. The shares always add up to `total`; a weight of zero gets nothing; and while `total` is at
     most W, nobody gets more than their weight. Raises ValueError for a positive total over weights that are all zero.
