@@ -1,0 +1,194 @@
+"""The broker's stock: slices of assets that it owns and has not promised to anyone, kept in order for taking.
+
+Stock follows the ledger's feed: what the feed says this broker now owns is added, what is withdrawn from it is removed,
+and after a restart the ledger's holdings are added again. Taking is the broker's own reservation on the way to a
+delivery or a transfer; if that is refused, the slices are given back.
+
+Two stocks that hold the same Wh behave the same, whatever happened before: slices of one asset that touch and have the
+same price are merged, and taking goes by device name, asset and range. So a broker that was restarted in the middle of
+an interval decides as if it had not been.
+"""
+
+import heapq
+from bisect import bisect_left
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from broker.protocol.market_time import Interval
+from broker.protocol.sources import Source
+
+AssetKey = tuple[str, int, int, int]
+"""What names an asset on the ledger: (device, carrier, start_s, revision)."""
+
+
+class StockError(Exception):
+    """The stock was asked for what it does not hold, or given what it holds already: it and the ledger differ.
+
+    `asset` names the asset, or the source where any asset would do.
+    """
+
+    def __init__(self, asset: AssetKey | Source, problem: str) -> None:
+        name = asset.label if isinstance(asset, Source) else "/".join([str(part) for part in asset])
+        super().__init__(f"{name}: {problem}; rebuild the stock from the ledger's holdings")
+        self.asset = asset
+
+
+@dataclass(frozen=True, slots=True)
+class HeldSlice:
+    """The Wh `[from_wh, to_wh)` of an asset of the interval `[start_s, end_s)`, at µ-currency per kWh."""
+
+    asset: AssetKey
+    source: Source
+    start_s: int
+    end_s: int
+    from_wh: int
+    to_wh: int
+    price: int
+
+    @property
+    def energy_wh(self) -> int:
+        return self.to_wh - self.from_wh
+
+
+class _Shelf:
+    """All slices of one source and interval.
+
+    `by_asset` is what is there: per asset, disjoint slices by range. `order` is a heap of (asset, from_wh) that says
+    what to take next; it may hold entries of slices that are gone, which are passed over.
+    """
+
+    __slots__ = ("by_asset", "energy_wh", "order")
+
+    def __init__(self) -> None:
+        self.by_asset: dict[AssetKey, list[HeldSlice]] = {}
+        self.order: list[tuple[AssetKey, int]] = []
+        self.energy_wh = 0
+
+    def add(self, piece: HeldSlice) -> None:
+        slices = self.by_asset.setdefault(piece.asset, [])
+        at = bisect_left(slices, piece.from_wh, key=_from_wh)
+        if (at > 0 and slices[at - 1].to_wh > piece.from_wh) or (at < len(slices) and slices[at].from_wh < piece.to_wh):
+            raise StockError(piece.asset, f"some of [{piece.from_wh}, {piece.to_wh}) Wh is held already")
+        self.energy_wh += piece.energy_wh
+        if at < len(slices) and slices[at].from_wh == piece.to_wh and slices[at].price == piece.price:
+            piece = _part(piece, piece.from_wh, slices.pop(at).to_wh)
+        if at > 0 and slices[at - 1].to_wh == piece.from_wh and slices[at - 1].price == piece.price:
+            slices[at - 1] = _part(piece, slices[at - 1].from_wh, piece.to_wh)
+            return
+        slices.insert(at, piece)
+        heapq.heappush(self.order, (piece.asset, piece.from_wh))
+
+    def remove(self, asset: AssetKey, from_wh: int, to_wh: int) -> None:
+        """Cut `[from_wh, to_wh)` out. Raises StockError, with nothing changed, if not all of it is here."""
+        slices = self.by_asset.get(asset, [])
+        cut = [piece for piece in slices if piece.from_wh < to_wh and from_wh < piece.to_wh]
+        if sum([min(piece.to_wh, to_wh) - max(piece.from_wh, from_wh) for piece in cut]) != to_wh - from_wh:
+            raise StockError(asset, f"not all of [{from_wh}, {to_wh}) Wh is held")
+        kept = [piece for piece in slices if piece not in cut]
+        if cut[0].from_wh < from_wh:
+            kept.append(_part(cut[0], cut[0].from_wh, from_wh))
+        if to_wh < cut[-1].to_wh:
+            kept.append(_part(cut[-1], to_wh, cut[-1].to_wh))
+            heapq.heappush(self.order, (asset, to_wh))
+        kept.sort(key=_from_wh)
+        if kept:
+            self.by_asset[asset] = kept
+        else:
+            del self.by_asset[asset]
+        self.energy_wh -= to_wh - from_wh
+
+    def take(self, energy_wh: int) -> list[HeldSlice]:
+        """Remove the first `energy_wh` Wh in order; the caller has checked that they are here."""
+        self.energy_wh -= energy_wh
+        taken: list[HeldSlice] = []
+        while energy_wh:
+            asset, from_wh = self.order[0]
+            slices = self.by_asset.get(asset, [])
+            at = bisect_left(slices, from_wh, key=_from_wh)
+            if at == len(slices) or slices[at].from_wh != from_wh:
+                heapq.heappop(self.order)
+            elif slices[at].energy_wh > energy_wh:
+                piece = slices[at]
+                split_wh = from_wh + energy_wh
+                taken.append(_part(piece, from_wh, split_wh))
+                slices[at] = _part(piece, split_wh, piece.to_wh)
+                heapq.heapreplace(self.order, (asset, split_wh))
+                energy_wh = 0
+            else:
+                heapq.heappop(self.order)
+                taken.append(slices.pop(at))
+                energy_wh -= taken[-1].energy_wh
+                if not slices:
+                    del self.by_asset[asset]
+        return taken
+
+
+class Stock:
+    """What the broker owns and has not promised, by interval and source."""
+
+    __slots__ = ("_shelves",)
+
+    def __init__(self) -> None:
+        self._shelves: dict[int, dict[Source, _Shelf]] = {}
+
+    def add(self, piece: HeldSlice) -> None:
+        """Put a slice into stock. Raises StockError if some of it is there already, or if it is empty."""
+        if not 0 <= piece.from_wh < piece.to_wh:
+            raise StockError(piece.asset, f"[{piece.from_wh}, {piece.to_wh}) Wh is no slice")
+        self._shelves.setdefault(piece.start_s, {}).setdefault(piece.source, _Shelf()).add(piece)
+
+    def remove(self, asset: AssetKey, from_wh: int, to_wh: int) -> None:
+        """Take exactly these Wh of this asset out of stock. Raises StockError if not all of them are there."""
+        if not 0 <= from_wh < to_wh:
+            raise StockError(asset, f"[{from_wh}, {to_wh}) Wh is no slice")
+        for shelf in self._shelves.get(asset[2], {}).values():
+            if asset in shelf.by_asset:
+                shelf.remove(asset, from_wh, to_wh)
+                return
+        raise StockError(asset, "it is not held")
+
+    def available(self, interval: Interval) -> dict[Source, int]:
+        """Wh of each source generated in this market interval; sources of which there is none are left out."""
+        return {
+            source: shelf.energy_wh
+            for source, shelf in sorted(self._shelves.get(interval.start_s, {}).items())
+            if shelf.energy_wh
+        }
+
+    def by_source(self) -> dict[Source, int]:
+        """Wh of each source over all intervals; sources of which there is none are left out."""
+        totals: dict[Source, int] = {}
+        for shelves in self._shelves.values():
+            for source, shelf in shelves.items():
+                totals[source] = totals.get(source, 0) + shelf.energy_wh
+        return {source: energy_wh for source, energy_wh in sorted(totals.items()) if energy_wh}
+
+    def take(self, source: Source, interval_start_s: int, energy_wh: int) -> list[HeldSlice]:
+        """Take `energy_wh` Wh out of stock: by device name, asset and range, splitting the last slice.
+
+        Raises StockError, with nothing taken, if there is less.
+        """
+        shelf = self._shelves.get(interval_start_s, {}).get(source)
+        held_wh = shelf.energy_wh if shelf else 0
+        if not 0 <= energy_wh <= held_wh:
+            raise StockError(source, f"{energy_wh} Wh of the interval at {interval_start_s} wanted, {held_wh} held")
+        return shelf.take(energy_wh) if shelf else []
+
+    def give_back(self, slices: Iterable[HeldSlice]) -> None:
+        """Put back what `take` gave, after a delivery or transfer that did not happen. Raises StockError like `add`."""
+        for piece in slices:
+            self.add(piece)
+
+    def drop_before(self, start_s: int) -> None:
+        """Forget all intervals that start before `start_s`: what is left of them expires on the ledger by rule."""
+        for old_s in [old_s for old_s in self._shelves if old_s < start_s]:
+            del self._shelves[old_s]
+
+
+def _from_wh(piece: HeldSlice) -> int:
+    return piece.from_wh
+
+
+def _part(piece: HeldSlice, from_wh: int, to_wh: int) -> HeldSlice:
+    """The same asset over another range (spelled out, because `dataclasses.replace` costs three times as much)."""
+    return HeldSlice(piece.asset, piece.source, piece.start_s, piece.end_s, from_wh, to_wh, piece.price)
