@@ -1,0 +1,105 @@
+"""The broker's config file: who it is, how it reaches MQTT and the ledger, and which neighbours it knows.
+
+Consumers, providers, contracts and mandates are data, not config: `energy-broker consumer add` and its kin keep them in
+the broker's database. `firmware_config/examples/broker.toml` is a commented example.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from broker.protocol.errors import MalformedMessage
+from broker.protocol.keys import PublicKey, public_key_from_cose
+from broker.protocol.limits import MAX_INTEGER
+from broker.protocol.messages import Genesis
+from broker.protocol.mqtt_link import MqttConfig
+from firmware_config.loader import Between, ConfigError, OneName, WrongValue, load_config
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerSection:
+    """`name` is how neighbours, meters and the ledger know this broker; `data_dir` holds its database."""
+
+    name: Annotated[str, OneName()]
+    key_file: Path
+    data_dir: Path
+    clock: Literal["system", "conductor"] = "system"
+
+
+@dataclass(frozen=True, slots=True)
+class HostSection:
+    """Present if this broker hosts the ledger: where it lies, and the validator key that signs its blocks."""
+
+    path: Path
+    validator: Annotated[str, OneName()]
+    key_file: Path
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerSection:
+    """`genesis_file` says which ledger; without `host` the broker reaches it over MQTT."""
+
+    genesis_file: Path
+    host: HostSection | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NeighbourSection:
+    """A broker that may ask and be asked. `key` is its COSE_Key in hex (`energy-broker key show`)."""
+
+    name: Annotated[str, OneName()]
+    key: str
+
+    def __post_init__(self) -> None:
+        parse_public_key(self.key)
+
+
+@dataclass(frozen=True, slots=True)
+class MarketSection:
+    """Policy towards neighbours: the highest price offered where a contract sets none, in µ-currency per kWh."""
+
+    highest_price: Annotated[int, Between(0, MAX_INTEGER)] = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerConfig:
+    """The whole file."""
+
+    broker: BrokerSection
+    ledger: LedgerSection
+    mqtt: MqttConfig = field(default_factory=MqttConfig)
+    neighbours: tuple[NeighbourSection, ...] = ()
+    market: MarketSection = field(default_factory=MarketSection)
+
+    @property
+    def database(self) -> Path:
+        return self.broker.data_dir / "broker.db"
+
+
+def load_broker_config(path: Path) -> BrokerConfig:
+    """Read and check a broker's config. Raises ConfigError naming file, key and what was expected."""
+    config = load_config(path, BrokerConfig)
+    names = [neighbour.name for neighbour in config.neighbours]
+    if len(set(names)) != len(names) or config.broker.name in names:
+        raise ConfigError(path, "neighbours", "each neighbour once, and not this broker itself")
+    return config
+
+
+def load_genesis(path: Path) -> Genesis:
+    """Read a genesis file. Raises ConfigError if it is not there or not one."""
+    try:
+        return Genesis.from_bytes(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(
+            path, "", f"a readable genesis file ({error.strerror}); get it from who hosts the ledger"
+        ) from error
+    except MalformedMessage as error:
+        raise ConfigError(path, error.where, error.expected) from error
+
+
+def parse_public_key(text: str) -> PublicKey:
+    """A public key from the hex of its COSE_Key. Raises WrongValue."""
+    try:
+        return public_key_from_cose(bytes.fromhex(text))
+    except (ValueError, MalformedMessage) as error:
+        raise WrongValue("key", "the hex that `energy-broker key show` prints") from error

@@ -1,0 +1,763 @@
+"""What a broker keeps, in one SQLite file: who it serves, what it accepted, what it decided, what it said and was told.
+
+One group commit per turn of the event loop (WAL, `synchronous=FULL`); nothing is acknowledged or sent before it. Rows
+that come every interval are keyed by the interval first, so that a turn writes to neighbouring pages. The command line
+writes registrations into the same file while the broker runs; `changed_by_others` tells the broker to look again.
+"""
+
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, Final
+
+from broker.protocol import cbor
+from broker.protocol.messages import MessageType
+
+SCHEMA_VERSION: Final = 1
+
+_SCHEMA: Final = """
+CREATE TABLE consumer (
+    meter TEXT PRIMARY KEY, cose_key BLOB NOT NULL, key_id BLOB NOT NULL UNIQUE, secret BLOB NOT NULL,
+    registered_s INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE contract (
+    meter TEXT NOT NULL, version INTEGER NOT NULL, valid_from_s INTEGER NOT NULL, contract BLOB NOT NULL,
+    PRIMARY KEY (meter, version)
+) WITHOUT ROWID;
+CREATE TABLE device (
+    device TEXT PRIMARY KEY, owner TEXT NOT NULL, cose_key BLOB NOT NULL, key_id BLOB NOT NULL UNIQUE,
+    source INTEGER NOT NULL, capacity_w INTEGER NOT NULL, area TEXT NOT NULL, price INTEGER NOT NULL,
+    from_s INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE statement (
+    number INTEGER PRIMARY KEY, kind INTEGER NOT NULL, raw BLOB NOT NULL UNIQUE, state INTEGER NOT NULL, reason TEXT
+);
+CREATE TABLE message (
+    start_s INTEGER NOT NULL, meter TEXT NOT NULL, kind INTEGER NOT NULL, revision INTEGER NOT NULL,
+    message_id BLOB NOT NULL, raw BLOB NOT NULL, energy_wh INTEGER NOT NULL, pseudonym BLOB, commitment BLOB,
+    delivered_wh INTEGER NOT NULL, quotas BLOB, refusal TEXT,
+    PRIMARY KEY (start_s, meter, kind, revision)
+) WITHOUT ROWID;
+CREATE TABLE conflict (
+    number INTEGER PRIMARY KEY, meter TEXT NOT NULL, kind INTEGER NOT NULL, start_s INTEGER NOT NULL,
+    revision INTEGER NOT NULL, message_id BLOB NOT NULL, raw BLOB NOT NULL, UNIQUE (message_id)
+);
+CREATE TABLE delivery (
+    start_s INTEGER NOT NULL, meter TEXT NOT NULL, sequence INTEGER NOT NULL, line INTEGER NOT NULL,
+    source INTEGER NOT NULL, device TEXT NOT NULL, asset_start_s INTEGER NOT NULL, asset_revision INTEGER NOT NULL,
+    from_wh INTEGER NOT NULL, to_wh INTEGER NOT NULL, price INTEGER NOT NULL, through TEXT, batch INTEGER NOT NULL,
+    PRIMARY KEY (start_s, meter, sequence)
+) WITHOUT ROWID;
+CREATE TABLE account (
+    meter TEXT NOT NULL, period_start_s INTEGER NOT NULL, version INTEGER NOT NULL, total_wh INTEGER NOT NULL,
+    by_line BLOB NOT NULL, PRIMARY KEY (meter, period_start_s, version)
+) WITHOUT ROWID;
+CREATE TABLE interval (
+    start_s INTEGER PRIMARY KEY, state INTEGER NOT NULL, close_revision INTEGER NOT NULL,
+    late INTEGER NOT NULL DEFAULT 0
+);
+CREATE INDEX interval_late ON interval (start_s) WHERE late;
+CREATE TABLE batch (
+    number INTEGER PRIMARY KEY, batch_id BLOB NOT NULL UNIQUE, kind INTEGER NOT NULL, start_s INTEGER NOT NULL,
+    raw BLOB NOT NULL, state INTEGER NOT NULL, height INTEGER, reason TEXT
+);
+CREATE INDEX batch_waiting ON batch (state) WHERE state = 0;
+CREATE TABLE order_out (
+    order_id BLOB PRIMARY KEY, start_s INTEGER NOT NULL, neighbour TEXT NOT NULL, source INTEGER NOT NULL,
+    energy_wh INTEGER NOT NULL, raw BLOB NOT NULL, state INTEGER NOT NULL, seen_wh INTEGER NOT NULL,
+    answered_wh INTEGER, reason TEXT
+) WITHOUT ROWID;
+CREATE INDEX order_out_interval ON order_out (start_s);
+CREATE TABLE order_in (
+    order_id BLOB PRIMARY KEY, start_s INTEGER NOT NULL, requester TEXT NOT NULL, source INTEGER NOT NULL,
+    energy_wh INTEGER NOT NULL, highest_price INTEGER NOT NULL, raw BLOB NOT NULL, state INTEGER NOT NULL,
+    granted_wh INTEGER NOT NULL, batch_id BLOB, answer BLOB
+) WITHOUT ROWID;
+CREATE INDEX order_in_interval ON order_in (start_s);
+CREATE TABLE purchase (
+    device TEXT NOT NULL, asset_start_s INTEGER NOT NULL, asset_revision INTEGER NOT NULL, from_wh INTEGER NOT NULL,
+    to_wh INTEGER NOT NULL, neighbour TEXT NOT NULL, price INTEGER NOT NULL, order_id BLOB NOT NULL,
+    PRIMARY KEY (device, asset_start_s, asset_revision, from_wh)
+) WITHOUT ROWID;
+CREATE TABLE announcement (topic TEXT PRIMARY KEY, raw BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE heard (broker TEXT NOT NULL, start_s INTEGER NOT NULL, raw BLOB NOT NULL, PRIMARY KEY (broker, start_s))
+    WITHOUT ROWID;
+"""
+
+
+class StoreError(Exception):
+    """The broker's database cannot be used. The text says what to do."""
+
+
+class WorkState(IntEnum):
+    """Life of a batch or statement on its way to the ledger."""
+
+    WAITING = 0
+    COMMITTED = 1
+    REFUSED = 2
+
+
+class BatchKind(IntEnum):
+    """What a batch was made for; tells what its result changes."""
+
+    STATEMENTS = 0
+    PROVIDE = 1
+    DELIVER = 2
+    SUPPLY = 3
+    CLOSE = 4
+
+
+class IntervalState(IntEnum):
+    """OPEN until gate 1, CLEARED until gate 2, then CLOSED."""
+
+    OPEN = 0
+    CLEARED = 1
+    CLOSED = 2
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumerRow:
+    meter: str
+    cose_key: bytes
+    key_id: bytes
+    secret: bytes
+    registered_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class ContractRow:
+    version: int
+    valid_from_s: int
+    contract: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRow:
+    device: str
+    owner: str
+    cose_key: bytes
+    key_id: bytes
+    source: int
+    capacity_w: int
+    area: str
+    price: int
+    from_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class StatementRow:
+    number: int
+    kind: int
+    raw: bytes
+    state: WorkState
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class MessageRow:
+    """An accepted reading or demand. Pseudonym and commitment are a demand's; `quotas` is set while it is short."""
+
+    start_s: int
+    meter: str
+    kind: int
+    revision: int
+    message_id: bytes
+    raw: bytes
+    energy_wh: int
+    pseudonym: bytes | None
+    commitment: bytes | None
+    delivered_wh: int
+    quotas: tuple[int, ...] | None
+    refusal: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryRow:
+    """One slice that a demand got: from which device, through which neighbour (None: own stock), in which batch."""
+
+    start_s: int
+    meter: str
+    sequence: int
+    line: int
+    source: int
+    device: str
+    asset_start_s: int
+    asset_revision: int
+    from_wh: int
+    to_wh: int
+    price: int
+    through: str | None
+    batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class AccountRow:
+    meter: str
+    period_start_s: int
+    version: int
+    total_wh: int
+    by_line: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRow:
+    number: int
+    batch_id: bytes
+    kind: BatchKind
+    start_s: int
+    raw: bytes
+    state: WorkState
+
+
+@dataclass(frozen=True, slots=True)
+class OrderOutRow:
+    order_id: bytes
+    start_s: int
+    neighbour: str
+    source: int
+    energy_wh: int
+    raw: bytes
+    state: int
+    seen_wh: int
+    answered_wh: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class OrderInRow:
+    order_id: bytes
+    start_s: int
+    requester: str
+    source: int
+    energy_wh: int
+    highest_price: int
+    raw: bytes
+    state: int
+    granted_wh: int
+    batch_id: bytes | None
+    answer: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class PurchaseRow:
+    """A range of an asset that a neighbour transferred to this broker under an order."""
+
+    device: str
+    asset_start_s: int
+    asset_revision: int
+    from_wh: int
+    to_wh: int
+    neighbour: str
+    price: int
+    order_id: bytes
+
+
+class BrokerStore:
+    """The broker's database. Not thread-safe; writes join the open transaction until `commit`."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or create. Raises StoreError if the file is of another version or not ours."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._db = sqlite3.connect(path, isolation_level=None, cached_statements=256, timeout=10.0)
+        try:
+            path.chmod(0o600)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.execute("PRAGMA busy_timeout=10000")
+            self._db.execute("PRAGMA cache_size=-65536")
+            self._db.execute("BEGIN IMMEDIATE")
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if version == 0:
+                for sentence in _SCHEMA.split(";\n"):
+                    if sentence.strip():
+                        self._db.execute(sentence)
+                self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+            self._db.execute("COMMIT")
+        except sqlite3.DatabaseError as error:
+            self._db.close()
+            raise StoreError(f"{path}: {error}; move the file away or restore it from a backup") from error
+        if version not in (0, SCHEMA_VERSION):
+            self._db.close()
+            raise StoreError(f"{path} has schema version {version}, this program needs {SCHEMA_VERSION}")
+        self._data_version = self._read_data_version()
+
+    def close(self) -> None:
+        if self._db.in_transaction:
+            self._db.execute("ROLLBACK")
+        self._db.close()
+
+    def begin(self) -> None:
+        """Open the turn's transaction if it is not open."""
+        if not self._db.in_transaction:
+            self._db.execute("BEGIN IMMEDIATE")
+
+    def commit(self) -> None:
+        """Make everything since `begin` durable."""
+        if self._db.in_transaction:
+            self._db.execute("COMMIT")
+
+    def changed_by_others(self) -> bool:
+        """True once after another process (the command line) has written. Call outside a transaction."""
+        version = self._read_data_version()
+        changed = version != self._data_version
+        self._data_version = version
+        return changed
+
+    def _read_data_version(self) -> int:
+        version: int = self._db.execute("PRAGMA data_version").fetchone()[0]
+        return version
+
+    # Consumers, contracts, devices, statements
+
+    def add_consumer(self, row: ConsumerRow) -> None:
+        """Raises StoreError if the meter or its key is registered already."""
+        try:
+            self._db.execute(
+                "INSERT INTO consumer VALUES (?, ?, ?, ?, ?)",
+                (row.meter, row.cose_key, row.key_id, row.secret, row.registered_s),
+            )
+        except sqlite3.IntegrityError as error:
+            raise StoreError(f"meter {row.meter} or its key is registered already") from error
+
+    def consumer(self, meter: str) -> ConsumerRow | None:
+        row = self._db.execute("SELECT * FROM consumer WHERE meter = ?", (meter,)).fetchone()
+        return ConsumerRow(*row) if row else None
+
+    def consumer_by_key(self, key_id: bytes) -> ConsumerRow | None:
+        row = self._db.execute("SELECT * FROM consumer WHERE key_id = ?", (key_id,)).fetchone()
+        return ConsumerRow(*row) if row else None
+
+    def consumers(self) -> Iterator[ConsumerRow]:
+        return (ConsumerRow(*row) for row in self._db.execute("SELECT * FROM consumer ORDER BY meter"))
+
+    def add_contract(self, meter: str, row: ContractRow) -> None:
+        self._db.execute(
+            "INSERT INTO contract VALUES (?, ?, ?, ?)", (meter, row.version, row.valid_from_s, row.contract)
+        )
+
+    def contracts(self, meter: str) -> list[ContractRow]:
+        """All versions of a meter's contract, oldest first."""
+        rows = self._db.execute(
+            "SELECT version, valid_from_s, contract FROM contract WHERE meter = ? ORDER BY version", (meter,)
+        )
+        return [ContractRow(*row) for row in rows]
+
+    def add_device(self, row: DeviceRow) -> None:
+        """Raises StoreError if the device or its meter key is registered already."""
+        try:
+            self._db.execute(
+                "INSERT INTO device VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    row.device,
+                    row.owner,
+                    row.cose_key,
+                    row.key_id,
+                    row.source,
+                    row.capacity_w,
+                    row.area,
+                    row.price,
+                    row.from_s,
+                ),
+            )
+        except sqlite3.IntegrityError as error:
+            raise StoreError(f"device {row.device} or its meter key is registered already") from error
+
+    def device(self, device: str) -> DeviceRow | None:
+        row = self._db.execute("SELECT * FROM device WHERE device = ?", (device,)).fetchone()
+        return DeviceRow(*row) if row else None
+
+    def device_by_key(self, key_id: bytes) -> DeviceRow | None:
+        row = self._db.execute("SELECT * FROM device WHERE key_id = ?", (key_id,)).fetchone()
+        return DeviceRow(*row) if row else None
+
+    def devices(self) -> Iterator[DeviceRow]:
+        return (DeviceRow(*row) for row in self._db.execute("SELECT * FROM device ORDER BY device"))
+
+    def expected_meters(self) -> int:
+        """How many meters report every interval."""
+        consumers = self._db.execute("SELECT count(*) FROM consumer").fetchone()[0]
+        devices = self._db.execute("SELECT count(*) FROM device").fetchone()[0]
+        return int(consumers) + int(devices)
+
+    def add_statement(self, kind: int, raw: bytes) -> None:
+        """A signed statement for the ledger; the same one twice is one."""
+        self._db.execute(
+            "INSERT OR IGNORE INTO statement (kind, raw, state) VALUES (?, ?, ?)", (kind, raw, WorkState.WAITING)
+        )
+
+    def statements(self, state: WorkState | None = None) -> list[StatementRow]:
+        sentence = "SELECT number, kind, raw, state, reason FROM statement"
+        if state is None:
+            rows = self._db.execute(sentence + " ORDER BY number")
+        else:
+            rows = self._db.execute(sentence + " WHERE state = ? ORDER BY number", (int(state),))
+        return [StatementRow(row[0], row[1], row[2], WorkState(row[3]), row[4]) for row in rows]
+
+    def set_statement(self, number: int, state: WorkState, reason: str | None) -> None:
+        self._db.execute("UPDATE statement SET state = ?, reason = ? WHERE number = ?", (int(state), reason, number))
+
+    # Readings and demands
+
+    def message(self, start_s: int, meter: str, kind: int, revision: int) -> MessageRow | None:
+        row = self._db.execute(
+            "SELECT * FROM message WHERE start_s = ? AND meter = ? AND kind = ? AND revision = ?",
+            (start_s, meter, kind, revision),
+        ).fetchone()
+        return _message_row(row) if row else None
+
+    def add_message(
+        self,
+        start_s: int,
+        meter: str,
+        kind: int,
+        revision: int,
+        message_id: bytes,
+        raw: bytes,
+        energy_wh: int,
+        pseudonym: bytes | None,
+        commitment: bytes | None,
+    ) -> None:
+        self._db.execute(
+            "INSERT INTO message VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 0, NULL, NULL)",
+            (start_s, meter, kind, revision, message_id, raw, energy_wh, pseudonym, commitment),
+        )
+
+    def refuse_message(self, start_s: int, meter: str, kind: int, revision: int, reason: str) -> None:
+        """Note that the ledger refused what an accepted message asked for."""
+        self._db.execute(
+            "UPDATE message SET refusal = ? WHERE start_s = ? AND meter = ? AND kind = ? AND revision = ?",
+            (reason, start_s, meter, kind, revision),
+        )
+
+    def messages(self, start_s: int, kind: MessageType) -> Iterator[MessageRow]:
+        """All accepted messages of that kind for one interval, by meter name."""
+        rows = self._db.execute(
+            "SELECT * FROM message WHERE start_s = ? AND kind = ? ORDER BY meter, revision", (start_s, int(kind))
+        )
+        return (_message_row(row) for row in rows)
+
+    def short_demands(self, start_s: int) -> list[MessageRow]:
+        """Demands of one interval that are not delivered in full, by meter name."""
+        rows = self._db.execute(
+            "SELECT * FROM message WHERE start_s = ? AND kind = 2 AND delivered_wh < energy_wh"
+            " ORDER BY meter, revision",
+            (start_s,),
+        )
+        return [_message_row(row) for row in rows]
+
+    def all_messages(self, kind: MessageType) -> Iterator[MessageRow]:
+        rows = self._db.execute("SELECT * FROM message WHERE kind = ? ORDER BY start_s, meter", (int(kind),))
+        return (_message_row(row) for row in rows)
+
+    def message_count(self, start_s: int) -> int:
+        """How many meters have reported that interval."""
+        row = self._db.execute("SELECT count(*) FROM message WHERE start_s = ? AND revision = 0", (start_s,)).fetchone()
+        return int(row[0])
+
+    def set_delivered(self, rows: Iterable[tuple[int, bytes | None, int, str, int]]) -> None:
+        """(delivered_wh, encoded quotas or None, start_s, meter, revision) of demands."""
+        self._db.executemany(
+            "UPDATE message SET delivered_wh = ?, quotas = ? WHERE start_s = ? AND meter = ? AND kind = 2"
+            " AND revision = ?",
+            rows,
+        )
+
+    def add_conflict(
+        self, meter: str, kind: int, start_s: int, revision: int, message_id: bytes, raw: bytes, most: int
+    ) -> None:
+        """Keep another payload for something already accepted, at most `most` in all, as evidence."""
+        self._db.execute(
+            "INSERT OR IGNORE INTO conflict (meter, kind, start_s, revision, message_id, raw)"
+            " SELECT ?, ?, ?, ?, ?, ? WHERE (SELECT count(*) FROM conflict) < ?",
+            (meter, kind, start_s, revision, message_id, raw, most),
+        )
+
+    def conflicts(self) -> list[tuple[str, int, int, int, bytes]]:
+        """(meter, kind, start_s, revision, message_id), oldest first."""
+        return self._db.execute(
+            "SELECT meter, kind, start_s, revision, message_id FROM conflict ORDER BY number"
+        ).fetchall()
+
+    # Deliveries and accounts
+
+    def add_deliveries(self, rows: Sequence[DeliveryRow]) -> None:
+        self._db.executemany(
+            "INSERT INTO delivery VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [
+                (
+                    row.start_s,
+                    row.meter,
+                    row.sequence,
+                    row.line,
+                    row.source,
+                    row.device,
+                    row.asset_start_s,
+                    row.asset_revision,
+                    row.from_wh,
+                    row.to_wh,
+                    row.price,
+                    row.through,
+                    row.batch,
+                )
+                for row in rows
+            ],
+        )
+
+    def deliveries(self, start_s: int, meter: str) -> list[DeliveryRow]:
+        rows = self._db.execute(
+            "SELECT * FROM delivery WHERE start_s = ? AND meter = ? ORDER BY sequence", (start_s, meter)
+        )
+        return [DeliveryRow(*row) for row in rows]
+
+    def all_deliveries(self) -> Iterator[DeliveryRow]:
+        rows = self._db.execute("SELECT * FROM delivery ORDER BY start_s, meter, sequence")
+        return (DeliveryRow(*row) for row in rows)
+
+    def deliveries_of_batch(self, start_s: int, batch: int) -> list[DeliveryRow]:
+        rows = self._db.execute(
+            "SELECT * FROM delivery WHERE start_s = ? AND batch = ? ORDER BY meter, sequence", (start_s, batch)
+        )
+        return [DeliveryRow(*row) for row in rows]
+
+    def drop_deliveries_of_batch(self, start_s: int, batch: int) -> None:
+        self._db.execute("DELETE FROM delivery WHERE start_s = ? AND batch = ?", (start_s, batch))
+
+    def account(self, meter: str, period_start_s: int, version: int) -> AccountRow | None:
+        row = self._db.execute(
+            "SELECT * FROM account WHERE meter = ? AND period_start_s = ? AND version = ?",
+            (meter, period_start_s, version),
+        ).fetchone()
+        if row is None:
+            return None
+        return AccountRow(row[0], row[1], row[2], row[3], tuple(cbor.decode(row[4], "account", 1_024)))
+
+    def set_accounts(self, rows: Iterable[AccountRow]) -> None:
+        self._db.executemany(
+            "INSERT INTO account VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
+            " total_wh = excluded.total_wh, by_line = excluded.by_line",
+            [
+                (row.meter, row.period_start_s, row.version, row.total_wh, cbor.encode(list(row.by_line)))
+                for row in rows
+            ],
+        )
+
+    # Intervals
+
+    def interval_state(self, start_s: int) -> tuple[IntervalState, int]:
+        """(state, revision of the next close) of an interval; OPEN and 0 where nothing is known."""
+        row = self._db.execute("SELECT state, close_revision FROM interval WHERE start_s = ?", (start_s,)).fetchone()
+        return (IntervalState(row[0]), int(row[1])) if row else (IntervalState.OPEN, 0)
+
+    def set_interval(self, start_s: int, state: IntervalState, close_revision: int) -> None:
+        """Note where an interval stands. Whatever came late for it counts as taken care of."""
+        self._db.execute("INSERT OR REPLACE INTO interval VALUES (?, ?, ?, 0)", (start_s, int(state), close_revision))
+
+    def mark_late(self, start_s: int) -> None:
+        """Note that a closed interval has something left to settle, and so needs a further close."""
+        self._db.execute("UPDATE interval SET late = 1 WHERE start_s = ?", (start_s,))
+
+    def late_intervals(self) -> list[int]:
+        """Closed intervals that need a further close, oldest first."""
+        return [row[0] for row in self._db.execute("SELECT start_s FROM interval WHERE late ORDER BY start_s")]
+
+    def first_interval(self) -> int | None:
+        """Start of the first interval that this broker knew."""
+        row = self._db.execute("SELECT min(start_s) FROM interval").fetchone()
+        return None if row[0] is None else int(row[0])
+
+    def last_interval(self, at_least: IntervalState) -> int | None:
+        """Start of the newest interval in that state or beyond."""
+        row = self._db.execute("SELECT max(start_s) FROM interval WHERE state >= ?", (int(at_least),)).fetchone()
+        return None if row[0] is None else int(row[0])
+
+    # Batches
+
+    def next_batch_number(self) -> int:
+        return int(self._db.execute("SELECT coalesce(max(number), 0) + 1 FROM batch").fetchone()[0])
+
+    def add_batch(self, row: BatchRow) -> None:
+        self._db.execute(
+            "INSERT OR REPLACE INTO batch (number, batch_id, kind, start_s, raw, state) VALUES (?, ?, ?, ?, ?, ?)",
+            (row.number, row.batch_id, int(row.kind), row.start_s, row.raw, int(row.state)),
+        )
+
+    def waiting_batches(self) -> list[BatchRow]:
+        """Batches without a result, oldest first."""
+        rows = self._db.execute(
+            "SELECT number, batch_id, kind, start_s, raw, state FROM batch WHERE state = 0 ORDER BY number"
+        )
+        return [_batch_row(row) for row in rows]
+
+    def batch(self, batch_id: bytes) -> BatchRow | None:
+        row = self._db.execute(
+            "SELECT number, batch_id, kind, start_s, raw, state FROM batch WHERE batch_id = ?", (batch_id,)
+        ).fetchone()
+        return _batch_row(row) if row else None
+
+    def set_batch(self, batch_id: bytes, state: WorkState, height: int | None, reason: str | None) -> None:
+        """Note the result; the bytes of a finished batch stand on the ledger and are not kept twice."""
+        self._db.execute(
+            "UPDATE batch SET state = ?, height = ?, reason = ?, raw = x'' WHERE batch_id = ?",
+            (int(state), height, reason, batch_id),
+        )
+
+    # Orders
+
+    def add_order_out(self, row: OrderOutRow) -> None:
+        self._db.execute(
+            "INSERT INTO order_out VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
+            (
+                row.order_id,
+                row.start_s,
+                row.neighbour,
+                row.source,
+                row.energy_wh,
+                row.raw,
+                row.state,
+                row.seen_wh,
+                row.answered_wh,
+            ),
+        )
+
+    def order_out(self, order_id: bytes) -> OrderOutRow | None:
+        row = self._db.execute("SELECT * FROM order_out WHERE order_id = ?", (order_id,)).fetchone()
+        return OrderOutRow(*row[:9]) if row else None
+
+    def orders_out(self, start_s: int) -> list[OrderOutRow]:
+        rows = self._db.execute("SELECT * FROM order_out WHERE start_s = ? ORDER BY order_id", (start_s,))
+        return [OrderOutRow(*row[:9]) for row in rows]
+
+    def all_orders_out(self) -> Iterator[OrderOutRow]:
+        rows = self._db.execute("SELECT * FROM order_out ORDER BY start_s, neighbour, source, order_id")
+        return (OrderOutRow(*row[:9]) for row in rows)
+
+    def set_order_out(
+        self, order_id: bytes, state: int, seen_wh: int, answered_wh: int | None, reason: str | None
+    ) -> None:
+        self._db.execute(
+            "UPDATE order_out SET state = ?, seen_wh = ?, answered_wh = ?, reason = ? WHERE order_id = ?",
+            (state, seen_wh, answered_wh, reason, order_id),
+        )
+
+    def add_order_in(self, row: OrderInRow) -> None:
+        self._db.execute(
+            "INSERT INTO order_in VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                row.order_id,
+                row.start_s,
+                row.requester,
+                row.source,
+                row.energy_wh,
+                row.highest_price,
+                row.raw,
+                row.state,
+                row.granted_wh,
+                row.batch_id,
+                row.answer,
+            ),
+        )
+
+    def order_in(self, order_id: bytes) -> OrderInRow | None:
+        row = self._db.execute("SELECT * FROM order_in WHERE order_id = ?", (order_id,)).fetchone()
+        return OrderInRow(*row) if row else None
+
+    def orders_in(self, start_s: int) -> list[OrderInRow]:
+        rows = self._db.execute("SELECT * FROM order_in WHERE start_s = ? ORDER BY order_id", (start_s,))
+        return [OrderInRow(*row) for row in rows]
+
+    def orders_in_state(self, states: Sequence[int]) -> list[OrderInRow]:
+        marks = ", ".join("?" for _ in states)
+        rows = self._db.execute(
+            f"SELECT * FROM order_in WHERE state IN ({marks}) ORDER BY start_s, order_id", tuple(states)
+        )
+        return [OrderInRow(*row) for row in rows]
+
+    def orders_in_of_batch(self, start_s: int, batch_id: bytes) -> list[OrderInRow]:
+        return [row for row in self.orders_in(start_s) if row.batch_id == batch_id]
+
+    def set_order_in(
+        self, order_id: bytes, state: int, granted_wh: int, batch_id: bytes | None, answer: bytes | None
+    ) -> None:
+        self._db.execute(
+            "UPDATE order_in SET state = ?, granted_wh = ?, batch_id = ?, answer = ? WHERE order_id = ?",
+            (state, granted_wh, batch_id, answer, order_id),
+        )
+
+    def add_purchase(self, row: PurchaseRow) -> bool:
+        """Note a range that a neighbour transferred to us. False if it was noted before."""
+        cursor = self._db.execute(
+            "INSERT OR IGNORE INTO purchase VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                row.device,
+                row.asset_start_s,
+                row.asset_revision,
+                row.from_wh,
+                row.to_wh,
+                row.neighbour,
+                row.price,
+                row.order_id,
+            ),
+        )
+        return cursor.rowcount == 1
+
+    def purchase_of(self, device: str, asset_start_s: int, asset_revision: int, from_wh: int) -> PurchaseRow | None:
+        """The purchase that a range starting at `from_wh` came from."""
+        row = self._db.execute(
+            "SELECT * FROM purchase WHERE device = ? AND asset_start_s = ? AND asset_revision = ? AND from_wh <= ?"
+            " ORDER BY from_wh DESC LIMIT 1",
+            (device, asset_start_s, asset_revision, from_wh),
+        ).fetchone()
+        return PurchaseRow(*row) if row else None
+
+    def all_purchases(self) -> Iterator[PurchaseRow]:
+        rows = self._db.execute("SELECT * FROM purchase ORDER BY asset_start_s, device, asset_revision, from_wh")
+        return (PurchaseRow(*row) for row in rows)
+
+    # What was announced and heard
+
+    def set_announcement(self, topic: str, raw: bytes) -> None:
+        """A retained message of ours, to be published again after a reconnect."""
+        self._db.execute("INSERT OR REPLACE INTO announcement VALUES (?, ?)", (topic, raw))
+
+    def announcements(self) -> list[tuple[str, bytes]]:
+        return self._db.execute("SELECT topic, raw FROM announcement ORDER BY topic").fetchall()
+
+    def set_heard(self, broker: str, start_s: int, raw: bytes) -> None:
+        """A neighbour's `cleared` of one interval."""
+        self._db.execute("INSERT OR REPLACE INTO heard VALUES (?, ?, ?)", (broker, start_s, raw))
+
+    def heard(self, start_s: int) -> dict[str, bytes]:
+        """By neighbour: its `cleared` message of that interval."""
+        rows = self._db.execute("SELECT broker, raw FROM heard WHERE start_s = ?", (start_s,))
+        return dict(rows.fetchall())
+
+
+def encode_quotas(quotas: Sequence[int]) -> bytes:
+    """The stored form of a demand's quotas."""
+    return cbor.encode(list(quotas))
+
+
+def _message_row(row: Sequence[Any]) -> MessageRow:
+    start_s, meter, kind, revision, message_id, raw, energy_wh, pseudonym, commitment, delivered_wh, quotas, refusal = (
+        row
+    )
+    decoded = tuple(cbor.decode(quotas, "quotas", 1_024)) if quotas is not None else None
+    return MessageRow(
+        start_s,
+        meter,
+        kind,
+        revision,
+        message_id,
+        raw,
+        energy_wh,
+        pseudonym,
+        commitment,
+        delivered_wh,
+        decoded,
+        refusal,
+    )
+
+
+def _batch_row(row: tuple[int, bytes, int, int, bytes, int]) -> BatchRow:
+    return BatchRow(row[0], row[1], BatchKind(row[2]), row[3], row[4], WorkState(row[5]))
