@@ -1,0 +1,43 @@
+"""Meter readers: from a meter's config to an object whose `sample()` reads it.
+
+Only the module that a config names is imported, because an agent that reads one P1 port has no memory to spare for a
+Modbus library. Meters on the same serial line share one port, one request after the other.
+"""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from firmware_config.loader import WrongValue
+from meter_agent.config import NamedMeter, P1Config
+from meter_agent.readings import Clock, MeterReader
+
+if TYPE_CHECKING:
+    from meter_agent.readers.modbus import ModbusLine
+
+
+def create_reader(meter: NamedMeter, clock: Clock) -> MeterReader:
+    """The reader of one meter that has its port to itself. Opens nothing yet. Raises as `create_readers`."""
+    return create_readers((meter,), clock)[meter.name]
+
+
+def create_readers(meters: Iterable[NamedMeter], clock: Clock) -> dict[str, MeterReader]:
+    """The readers of all meters of an agent, by name. Opens nothing yet.
+
+    Raises WrongValue where a meter's config names an unknown profile or does not fit the other meters on its line, and
+    ConfigError where a profile itself is wrong.
+    """
+    readers: dict[str, MeterReader] = {}
+    serial_lines: dict[str, ModbusLine] = {}
+    for meter in meters:
+        config = meter.config.reader
+        if isinstance(config, P1Config):
+            from meter_agent.readers.p1 import P1Reader
+
+            if str(config.port) in serial_lines:
+                raise WrongValue(f"meters.{meter.name}.reader.port", "a port of its own, for a P1 meter")
+            readers[meter.name] = P1Reader(meter.name, config, clock)
+        else:
+            from meter_agent.readers.modbus import create_modbus_reader
+
+            readers[meter.name] = create_modbus_reader(meter.name, config, clock, serial_lines)
+    return readers
