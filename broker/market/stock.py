@@ -132,15 +132,15 @@ class Stock:
         self._shelves: dict[int, dict[Source, _Shelf]] = {}
 
     def add(self, piece: HeldSlice) -> None:
-        """Put a slice into stock. Raises StockError if some of it is there already, or if it is empty."""
-        if not 0 <= piece.from_wh < piece.to_wh:
-            raise StockError(piece.asset, f"[{piece.from_wh}, {piece.to_wh}) Wh is no slice")
+        """Put a slice into stock. Raises StockError if some of it is there already, or if it makes no sense."""
+        if not 0 <= piece.from_wh < piece.to_wh or piece.asset[2] != piece.start_s:
+            raise StockError(piece.asset, f"[{piece.from_wh}, {piece.to_wh}) Wh at {piece.start_s} is no slice of it")
         self._shelves.setdefault(piece.start_s, {}).setdefault(piece.source, _Shelf()).add(piece)
 
     def remove(self, asset: AssetKey, from_wh: int, to_wh: int) -> None:
         """Take exactly these Wh of this asset out of stock. Raises StockError if not all of them are there."""
         if not 0 <= from_wh < to_wh:
-            raise StockError(asset, f"[{from_wh}, {to_wh}) Wh is no slice")
+            raise StockError(asset, f"[{from_wh}, {to_wh}) Wh is no slice of it")
         for shelf in self._shelves.get(asset[2], {}).values():
             if asset in shelf.by_asset:
                 shelf.remove(asset, from_wh, to_wh)

@@ -1,0 +1,314 @@
+"""What brokers say to each other about energy: whom to ask for how much, how to share out, and where a talk stands.
+
+Theory of operation. A broker that lacks Wh of a source after its own clearing (the *requester*) sends an order to a
+neighbour (the *supplier*): the first change request. The supplier puts a transfer under that order on the ledger: the
+second. It answers *done*, but that is only a hint: the requester believes what it sees in the ledger's feed, and then
+delivers to its consumers: the third. Messages get lost and come twice, and either side may be killed at any moment:
+
+- Both sides store what they are about to send before they send it, and send the same bytes again. An order's id is a
+  hash of what it is for, so a requester that is restarted asks with the same id and cannot order twice.
+- The supplier answers an order that comes again as it answered before (`supplier_answer`), or not yet.
+- The requester asks another neighbour for the same Wh only after a refusal or a void (`still_coming_wh`): an order that
+  is merely unanswered may still be served.
+- An order ends on the ledger, by the requester's void of it or close of the interval. After that the ledger refuses
+  transfers under it, so both sides know from the feed alone, and in the same order, whether it was served.
+
+The two tables below hold every event that can come in every state, including those that come late and change nothing.
+What a peer can send is in the table for every state, so no message of a peer can raise. What is not in the table cannot
+happen while this broker and the ledger follow the rules: it raises IllegalTransition, with nothing changed.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from hashlib import sha256
+from typing import Final
+
+from broker.market.mix import apportion
+from broker.protocol import cbor
+from broker.protocol.messages import ORDER_ID_BYTES, AnswerStatus
+from broker.protocol.sources import Source, SourceGroup
+
+
+class RequesterState(Enum):
+    """Where an order stands for the broker that sent it."""
+
+    ASKED = auto()
+    """Sent, perhaps several times; the Wh may still come."""
+    REFUSED = auto()
+    """The supplier says that nothing will come; others may be asked."""
+    SEEN = auto()
+    """A transfer under the order stands on the ledger. What it fell short of may be asked of others."""
+    VOID = auto()
+    """Ended on the ledger before anything came; nothing can come any more."""
+
+
+class RequesterEvent(Enum):
+    """What can happen to an order at the requester."""
+
+    SENT_AGAIN = auto()
+    ANSWERED_DONE = auto()
+    ANSWERED_REFUSED = auto()
+    TRANSFER_SEEN = auto()
+    """A block of the feed holds a transfer under the order."""
+    END_SEEN = auto()
+    """A block of the feed holds our void of the order, or our close of its interval."""
+
+
+class SupplierState(Enum):
+    """Where an order stands for the broker that received it."""
+
+    RECEIVED = auto()
+    """Stored; waits for the next apportioning."""
+    REFUSED = auto()
+    SUBMITTED = auto()
+    """The batch with the transfer is stored and on its way to the ledger."""
+    COMMITTED = auto()
+    """The transfer stands on the ledger."""
+    DEAD = auto()
+    """No transfer was made and none can be made any more; its slices are back in stock."""
+
+
+class SupplierEvent(Enum):
+    """What can happen to an order at the supplier."""
+
+    RECEIVED_AGAIN = auto()
+    GRANTED = auto()
+    """The apportioning gave it something, and the batch is stored."""
+    DECLINED = auto()
+    """The apportioning gave it nothing, or it asks for what cannot be given."""
+    BATCH_COMMITTED = auto()
+    BATCH_REFUSED = auto()
+    END_SEEN = auto()
+    """A block of the feed holds the requester's void of the order, or its close of the interval."""
+
+
+class IllegalTransition(Exception):
+    """An event that cannot come in this state, unless this broker or the ledger breaks the rules."""
+
+    def __init__(self, state: Enum, event: Enum) -> None:
+        super().__init__(
+            f"{event.name.lower()} cannot happen to an order that is {state.name.lower()}; "
+            "check the ledger with `energy-broker ledger verify` and report this with the broker's log"
+        )
+        self.state = state
+        self.event = event
+
+
+_REQUESTER_TABLE: Final[Mapping[tuple[RequesterState, RequesterEvent], RequesterState]] = {
+    (RequesterState.ASKED, RequesterEvent.SENT_AGAIN): RequesterState.ASKED,
+    # A hint only: until the transfer is seen, the order is as good as unanswered.
+    (RequesterState.ASKED, RequesterEvent.ANSWERED_DONE): RequesterState.ASKED,
+    (RequesterState.ASKED, RequesterEvent.ANSWERED_REFUSED): RequesterState.REFUSED,
+    (RequesterState.ASKED, RequesterEvent.TRANSFER_SEEN): RequesterState.SEEN,
+    (RequesterState.ASKED, RequesterEvent.END_SEEN): RequesterState.VOID,
+    # A supplier may change its mind while the order is firm. The ledger counts; Wh beyond need become stock.
+    (RequesterState.REFUSED, RequesterEvent.ANSWERED_DONE): RequesterState.REFUSED,
+    (RequesterState.REFUSED, RequesterEvent.ANSWERED_REFUSED): RequesterState.REFUSED,
+    (RequesterState.REFUSED, RequesterEvent.TRANSFER_SEEN): RequesterState.SEEN,
+    (RequesterState.REFUSED, RequesterEvent.END_SEEN): RequesterState.VOID,
+    # The answer usually comes after the block, and again after each resend; a second transfer may follow.
+    (RequesterState.SEEN, RequesterEvent.ANSWERED_DONE): RequesterState.SEEN,
+    (RequesterState.SEEN, RequesterEvent.ANSWERED_REFUSED): RequesterState.SEEN,
+    (RequesterState.SEEN, RequesterEvent.TRANSFER_SEEN): RequesterState.SEEN,
+    (RequesterState.SEEN, RequesterEvent.END_SEEN): RequesterState.SEEN,
+    # Late answers. A transfer cannot follow the end: the ledger refuses it.
+    (RequesterState.VOID, RequesterEvent.ANSWERED_DONE): RequesterState.VOID,
+    (RequesterState.VOID, RequesterEvent.ANSWERED_REFUSED): RequesterState.VOID,
+    (RequesterState.VOID, RequesterEvent.END_SEEN): RequesterState.VOID,
+}
+
+_SUPPLIER_TABLE: Final[Mapping[tuple[SupplierState, SupplierEvent], SupplierState]] = {
+    (SupplierState.RECEIVED, SupplierEvent.RECEIVED_AGAIN): SupplierState.RECEIVED,
+    (SupplierState.RECEIVED, SupplierEvent.GRANTED): SupplierState.SUBMITTED,
+    (SupplierState.RECEIVED, SupplierEvent.DECLINED): SupplierState.REFUSED,
+    (SupplierState.RECEIVED, SupplierEvent.END_SEEN): SupplierState.DEAD,
+    (SupplierState.REFUSED, SupplierEvent.RECEIVED_AGAIN): SupplierState.REFUSED,
+    (SupplierState.REFUSED, SupplierEvent.END_SEEN): SupplierState.REFUSED,
+    (SupplierState.SUBMITTED, SupplierEvent.RECEIVED_AGAIN): SupplierState.SUBMITTED,
+    (SupplierState.SUBMITTED, SupplierEvent.BATCH_COMMITTED): SupplierState.COMMITTED,
+    (SupplierState.SUBMITTED, SupplierEvent.BATCH_REFUSED): SupplierState.DEAD,
+    # The feed shows blocks in order: once it shows the end, the batch was not applied before and cannot be after.
+    (SupplierState.SUBMITTED, SupplierEvent.END_SEEN): SupplierState.DEAD,
+    (SupplierState.COMMITTED, SupplierEvent.RECEIVED_AGAIN): SupplierState.COMMITTED,
+    # A batch that was sent again before its block was seen: its id is applied, so its result is committed again.
+    (SupplierState.COMMITTED, SupplierEvent.BATCH_COMMITTED): SupplierState.COMMITTED,
+    (SupplierState.COMMITTED, SupplierEvent.END_SEEN): SupplierState.COMMITTED,
+    (SupplierState.DEAD, SupplierEvent.RECEIVED_AGAIN): SupplierState.DEAD,
+    (SupplierState.DEAD, SupplierEvent.BATCH_REFUSED): SupplierState.DEAD,
+    (SupplierState.DEAD, SupplierEvent.END_SEEN): SupplierState.DEAD,
+}
+
+
+def next_requester_state(state: RequesterState, event: RequesterEvent) -> RequesterState:
+    """Where an order stands after `event`. Raises IllegalTransition."""
+    try:
+        return _REQUESTER_TABLE[state, event]
+    except KeyError:
+        raise IllegalTransition(state, event) from None
+
+
+def next_supplier_state(state: SupplierState, event: SupplierEvent) -> SupplierState:
+    """Where an order stands after `event`. Raises IllegalTransition."""
+    try:
+        return _SUPPLIER_TABLE[state, event]
+    except KeyError:
+        raise IllegalTransition(state, event) from None
+
+
+def supplier_answer(state: SupplierState) -> AnswerStatus | None:
+    """What to answer an order in this state, whenever it comes; None while it is not decided."""
+    match state:
+        case SupplierState.COMMITTED:
+            return AnswerStatus.DONE
+        case SupplierState.REFUSED | SupplierState.DEAD:
+            return AnswerStatus.REFUSED
+        case SupplierState.RECEIVED | SupplierState.SUBMITTED:
+            return None
+
+
+def still_coming_wh(orders: Iterable[tuple[RequesterState, int]]) -> int:
+    """Wh (of one source) that must not be asked of anyone else: those of orders that may still be served."""
+    return sum([energy_wh for state, energy_wh in orders if state is RequesterState.ASKED])
+
+
+def order_id_for(requester: str, source: Source, start_s: int, round_number: int, neighbour: str) -> bytes:
+    """The id of the order that `requester` sends to `neighbour` for a source, interval and round: 16 bytes.
+
+    The same after a restart, so that asking again is never ordering twice.
+    """
+    named = cbor.encode(["dengen order", requester, int(source), start_s, round_number, neighbour])
+    return sha256(named).digest()[:ORDER_ID_BYTES]
+
+
+_RESEND_AFTER_S: Final = (1, 2, 4, 8, 15, 30)
+
+
+def next_resend_s(attempts: int) -> int:
+    """Seconds to wait for an answer after that many sends (1 for the first) before the same bytes are sent again."""
+    return _RESEND_AFTER_S[min(max(attempts, 1), len(_RESEND_AFTER_S)) - 1]
+
+
+@dataclass(frozen=True, slots=True)
+class NeighbourOffer:
+    """What a neighbour announced to have of a source: coarse, and from its last clearing, so only a hint."""
+
+    neighbour: str
+    source: Source
+    energy_wh: int
+    price: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedOrder:
+    """An order to send. There is at most one per neighbour and source in a plan."""
+
+    neighbour: str
+    source: Source
+    energy_wh: int
+    highest_price: int
+
+
+def plan_orders(
+    shortages: Mapping[Source, int],
+    group_shortage_wh: Mapping[SourceGroup, int],
+    neighbours: Sequence[str],
+    offers: Sequence[NeighbourOffer],
+    highest_price: int,
+    asked: Collection[tuple[str, Source]] = (),
+) -> tuple[PlannedOrder, ...]:
+    """Whom to ask for what is short, by neighbour name and source. Every short Wh is asked of one neighbour only.
+
+    `shortages` and `group_shortage_wh` are a clearing's, less what is still coming. `asked` are the (neighbour, source)
+    that have answered for this interval already and are not asked again. Single sources come first. Each shortage goes
+    to whoever announced most, as far as it goes, and what no announcement covers goes to the first of them too:
+    announcements are coarse and old, and none at all is no refusal. A group takes whichever source is announced most;
+    without any announcement one source is asked for, and the next one in the next round. Offers above `highest_price`
+    (µ-currency per kWh) are left alone.
+    """
+    too_dear = {(offer.neighbour, offer.source) for offer in offers if offer.price > highest_price}
+    announced_wh = {(offer.neighbour, offer.source): offer.energy_wh for offer in offers}
+    planned_wh: dict[tuple[str, Source], int] = {}
+    wanted: list[tuple[tuple[Source, ...], int]] = [((source,), shortages[source]) for source in sorted(shortages)]
+    wanted.extend([(group.sources, group_shortage_wh[group]) for group in sorted(group_shortage_wh)])
+    for sources, short_wh in wanted:
+        left_wh = {
+            (neighbour, source): max(
+                0, announced_wh.get((neighbour, source), 0) - planned_wh.get((neighbour, source), 0)
+            )
+            for source in sources
+            for neighbour in sorted(neighbours)
+            if (neighbour, source) not in asked and (neighbour, source) not in too_dear
+        }
+        if not left_wh or not short_wh:
+            continue
+        # Stable: where nothing or the same is announced, the lower source code and then the neighbour's name decide.
+        ranked = sorted(left_wh, key=left_wh.__getitem__, reverse=True)
+        for candidate in ranked:
+            part_wh = min(short_wh, left_wh[candidate])
+            if part_wh:
+                planned_wh[candidate] = planned_wh.get(candidate, 0) + part_wh
+                short_wh -= part_wh
+        if short_wh:
+            planned_wh[ranked[0]] = planned_wh.get(ranked[0], 0) + short_wh
+    return tuple(
+        [
+            PlannedOrder(neighbour, source, energy_wh, highest_price)
+            for (neighbour, source), energy_wh in sorted(planned_wh.items())
+        ]
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class OpenOrder:
+    """A neighbour's order that waits to be apportioned."""
+
+    order_id: bytes
+    requester: str
+    source: Source
+    energy_wh: int
+    highest_price: int
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What an order gets: `energy_wh` Wh, or none and a `reason` that goes back to the requester."""
+
+    order_id: bytes
+    energy_wh: int
+    reason: str | None = None
+
+
+def grants(
+    orders: Sequence[OpenOrder], available: Mapping[Source, int], price_of_source: Mapping[Source, int]
+) -> tuple[Grant, ...]:
+    """Share out what is left after own clearing, in proportion to the orders; one grant per order, in their order.
+
+    Ties go by requester name and then id. The order of arrival changes nothing.
+    """
+    granted: dict[bytes, Grant] = {}
+    for source in Source:
+        waiting = []
+        for order in sorted([order for order in orders if order.source is source], key=_tie_key):
+            price = price_of_source.get(source)
+            if not available.get(source, 0) or price is None:
+                granted[order.order_id] = Grant(order.order_id, 0, f"no {source.label} left in this interval")
+            elif price > order.highest_price:
+                reason = (
+                    f"{source.label} costs {price} µ/kWh here, above the order's highest price {order.highest_price}"
+                )
+                granted[order.order_id] = Grant(order.order_id, 0, reason)
+            else:
+                waiting.append(order)
+        wanted_wh = [order.energy_wh for order in waiting]
+        shares = apportion(min(available.get(source, 0), sum(wanted_wh)), wanted_wh)
+        for order, share_wh in zip(waiting, shares, strict=True):
+            reason_of_none = (
+                None if share_wh else f"no {source.label} left after sharing out among {len(waiting)} orders"
+            )
+            granted[order.order_id] = Grant(order.order_id, share_wh, reason_of_none)
+    return tuple([granted[order.order_id] for order in orders])
+
+
+def _tie_key(order: OpenOrder) -> tuple[str, bytes]:
+    return order.requester, order.order_id
