@@ -39,5 +39,5 @@ def create_readers(meters: Iterable[NamedMeter], clock: Clock) -> dict[str, Mete
         else:
             from meter_agent.readers.modbus import create_modbus_reader
 
-            readers[meter.name] = create_modbus_reader(meter.name, config, clock, serial_lines)
+            readers[meter.name] = create_modbus_reader(meter, clock, serial_lines)
     return readers

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final, Literal, TypeAlias
 
 from pymodbus.client import ModbusSerialClient, ModbusTcpClient
 from pymodbus.exceptions import ConnectionException, ModbusException
@@ -27,7 +27,7 @@ from pymodbus.pdu import ModbusPDU
 
 from firmware_config.loader import WrongValue
 from meter_agent import decode
-from meter_agent.config import ModbusRtuConfig, ModbusTcpConfig
+from meter_agent.config import ModbusRtuConfig, ModbusTcpConfig, NamedMeter
 from meter_agent.profiles import (
     MeterProfile,
     Pauses,
@@ -86,6 +86,8 @@ class LineFailure(Exception):
 class TcpTarget:
     """Where a Modbus TCP server listens."""
 
+    ADVICE: ClassVar[str] = "check the device id and, behind a gateway, its serial side"
+
     host: str
     port: int
 
@@ -100,6 +102,8 @@ class TcpTarget:
 @dataclass(frozen=True, slots=True)
 class SerialTarget:
     """A serial port and how its line is set."""
+
+    ADVICE: ClassVar[str] = "check device id, baud rate, parity and wiring"
 
     port: Path
     line: SerialDefaults
@@ -182,8 +186,7 @@ class ModbusLine:
         except ModbusException as error:
             self._drop(pauses.late_reply_ms)
             raise LineFailure(
-                f"no usable reply from device {device_id} at {self.target} within {timeout_s:g} s; "
-                "check device id, baud rate, parity and wiring"
+                f"no usable reply from device {device_id} at {self.target} within {timeout_s:g} s; {self.target.ADVICE}"
             ) from error
         self._used = True
         if reply.isError():
@@ -241,13 +244,25 @@ class ModbusLine:
 
 
 class ModbusReader:
-    """Reads one meter by its profile. Implements MeterReader."""
+    """Reads one meter by its profile. Implements MeterReader.
+
+    `billed` is the counter that matters. The other values are given if the meter has them: of one profile there are
+    variants without export, and those refuse its registers or say that it is not available.
+    """
 
     def __init__(
-        self, meter: str, profile: MeterProfile, line: ModbusLine, device_id: int, timeout_s: float, clock: Clock
+        self,
+        meter: str,
+        profile: MeterProfile,
+        billed: Literal["import", "export"],
+        line: ModbusLine,
+        device_id: int,
+        timeout_s: float,
+        clock: Clock,
     ) -> None:
         self._meter = meter
         self._profile = profile
+        self._billed: Quantity = billed
         self._line = line
         self._device_id = device_id
         self._timeout_s = timeout_s
@@ -261,14 +276,15 @@ class ModbusReader:
     def sample(self) -> Sample:
         """Read all registers of the profile now. Raises ReadFailure."""
         try:
-            if self._layout is None:
-                self._layout = self._find_layout()
+            layout = self._layout or self._find_layout()
             if self._serial_number_is_old():
-                self._read_serial_number(self._layout)
-            reading = self._read_values(self._layout)
+                self._read_serial_number(layout)
+            layout, replies = self._read_registers(layout)
+            self._layout = layout
+            reading = self._decoded(layout, replies, self._clock.monotonic_s(), self._clock.time_s())
             if any(reading.values.get(quantity, last) < last for quantity, last in self._last_mwh.items()):
                 # The core wants to know whether this is the same meter before it believes that a counter dropped.
-                self._read_serial_number(self._layout)
+                self._read_serial_number(layout)
         except LineFailure as failure:
             self._forget()
             raise ReadFailure(self._meter, failure.reason) from failure
@@ -290,28 +306,58 @@ class ModbusReader:
         """Let go of the line. Other meters on it open it again by themselves."""
         self._line.close()
 
-    def _read_values(self, layout: "_Layout") -> "_Reading":
-        replies: list[tuple[Span, tuple[int, ...]]] = []
+    def _read_registers(self, layout: "_Layout") -> tuple["_Layout", "_Replies"]:
+        """The replies to all requests, and the layout less what the meter refuses. Raises LineFailure."""
+        replies: _Replies = []
         for request in layout.requests:
-            replies.append((request, self._read(request)))
-        monotonic_s, time_s = self._clock.monotonic_s(), self._clock.time_s()
+            try:
+                replies.append((request, self._read(request)))
+            except LineFailure as failure:
+                smaller = self._without(layout, request) if failure.refused else None
+                if smaller is None:
+                    raise
+                return self._read_registers(smaller)
+        return layout, replies
+
+    def _without(self, layout: "_Layout", refused: Span) -> "_Layout | None":
+        """The layout without the values of a refused request, the billed counter apart; None if nothing is left out."""
+        if self._profile.registers is None:
+            return None
+        kept = {
+            quantity: register
+            for quantity, register in layout.registers.items()
+            if quantity == self._billed or not refused.contains(_span(0, register, self._profile.function_code))
+        }
+        return _layout(self._profile, kept) if len(kept) < len(layout.registers) else None
+
+    def _decoded(self, layout: "_Layout", replies: "_Replies", monotonic_s: float, time_s: float) -> "_Reading":
+        """Raises UnusableValue if the billed counter has no value, LineFailure if the replies are of another layout."""
         if layout.header is not None and _cut(replies, layout.header) != layout.header_words:
             # Firmware updates move models about; the chain is walked again at the next attempt.
             raise LineFailure("the SunSpec models have moved; they are looked up again")
+        if self._billed not in layout.registers:
+            raise decode.UnusableValue(f"the profile {self._profile.name} has no {self._billed} counter")
         values: dict[Quantity, int] = {}
         rollovers_mwh: dict[Quantity, int | None] = {}
         for quantity, register in layout.registers.items():
             words = _cut(replies, _span(layout.base, register, self._profile.function_code))
-            exponent = 0
-            if register.scale_factor is not None:
-                place = Span(self._profile.function_code, layout.base + register.scale_factor, 1)
-                exponent = decode.scale_exponent(_cut(replies, place)[0])
-            if quantity == "power":
-                values[quantity] = decode.power_w(register, words, exponent)
-            else:
-                values[quantity] = decode.energy_mwh(register, words, exponent)
-                rollovers_mwh[quantity] = decode.rollover_mwh(register, exponent)
+            try:
+                exponent = self._scale_exponent(layout, register, replies)
+                if quantity == "power":
+                    values[quantity] = decode.power_w(register, words, exponent)
+                else:
+                    values[quantity] = decode.energy_mwh(register, words, exponent)
+                    rollovers_mwh[quantity] = decode.rollover_mwh(register, exponent)
+            except decode.UnusableValue:
+                if quantity == self._billed:
+                    raise
         return _Reading(values, rollovers_mwh, monotonic_s, time_s)
+
+    def _scale_exponent(self, layout: "_Layout", register: Register, replies: "_Replies") -> int:
+        if register.scale_factor is None:
+            return 0
+        place = Span(self._profile.function_code, layout.base + register.scale_factor, 1)
+        return decode.scale_exponent(_cut(replies, place)[0])
 
     def _serial_number_is_old(self) -> bool:
         if self._serial_number_read_s is None or self._connection != self._line.connections:
@@ -375,8 +421,11 @@ class ModbusReader:
     def _forget(self) -> None:
         """After a failure anything may have changed: another meter, other firmware."""
         self._serial_number_read_s = None
-        if self._profile.sunspec is not None:
-            self._layout = None
+        self._layout = None
+
+
+_Replies: TypeAlias = list[tuple[Span, tuple[int, ...]]]
+"""Each request with the registers that came back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -401,15 +450,14 @@ class _Layout:
     header_words: tuple[int, ...] = ()
 
 
-def create_modbus_reader(
-    meter: str, config: ModbusTcpConfig | ModbusRtuConfig, clock: Clock, serial_lines: dict[str, ModbusLine]
-) -> ModbusReader:
+def create_modbus_reader(meter: NamedMeter, clock: Clock, serial_lines: dict[str, ModbusLine]) -> ModbusReader:
     """The reader of a meter; `serial_lines` holds the serial lines made so far, by port, and gets new ones.
 
     Raises WrongValue for an unknown profile and for meters that set the same line differently, ConfigError for a wrong
     profile.
     """
-    where = f"meters.{meter}.reader"
+    where, config = f"meters.{meter.name}.reader", meter.config.reader
+    assert isinstance(config, ModbusTcpConfig | ModbusRtuConfig)
     try:
         profile = load_profile(config.profile)
     except UnknownProfile as error:
@@ -421,7 +469,8 @@ def create_modbus_reader(
         line = serial_lines.setdefault(str(config.port), ModbusLine(target))
         if line.target != target:
             raise WrongValue(where, f"the same baud, parity and stop_bits for all meters on {config.port}")
-    return ModbusReader(meter, profile, line, config.device_id, config.timeout_s, clock)
+    billed = meter.config.register_name
+    return ModbusReader(meter.name, profile, billed, line, config.device_id, config.timeout_s, clock)
 
 
 def _line_settings(config: ModbusRtuConfig, profile: MeterProfile, where: str) -> SerialDefaults:
@@ -492,7 +541,7 @@ def _sunspec_layout(
     )
 
 
-def _cut(replies: list[tuple[Span, tuple[int, ...]]], wanted: Span) -> tuple[int, ...]:
+def _cut(replies: "_Replies", wanted: Span) -> tuple[int, ...]:
     for request, words in replies:
         if request.contains(wanted):
             return request.cut(wanted, words)
