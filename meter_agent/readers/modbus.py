@@ -6,14 +6,14 @@ module owns sockets, serial ports and waiting, and the rules that keep one reply
 - A request is sent once (`retries=0`). With pymodbus' own retries a late reply to the first request is taken as the
   reply to the next one, and everything stays shifted by one from then on.
 - After a reply that did not come, or did not fit, a serial port is closed, left alone until the meter has certainly
-  finished (`pauses.late_reply_ms` of its profile), opened again and emptied. On TCP a fresh connection is enough.
+  finished (`pauses.late_reply_ms` of its profile) and opened again; pymodbus empties the input before it sends. On TCP
+  a fresh connection is enough.
 - A reply must have the function code and the number of registers that were asked for; pymodbus checks neither.
 
 Failures are reported once, as ReadFailure, with what the operator can do; the next `sample()` connects again.
 """
 
 import logging
-import termios
 import threading
 import time
 from collections.abc import Callable
@@ -176,7 +176,7 @@ class ModbusLine:
         reused = self._client is not None and self._used
         try:
             reply = self._exchange(device_id, request, pauses, timeout_s)
-        except (ConnectionException, OSError, termios.error) as error:
+        except (ConnectionException, OSError) as error:
             # The peer closed the connection, or the adapter went away. Nothing can come late on a new one, so if this
             # one had been standing idle (servers drop idle clients) it is worth one more attempt at once.
             self._drop()
@@ -226,8 +226,6 @@ class ModbusLine:
         self._used = False
         self.connections += 1
         self._wait_s(pauses.after_connect_ms / 1000)
-        if isinstance(client, ModbusSerialClient) and client.socket is not None:
-            client.socket.reset_input_buffer()
 
     def _drop(self, late_reply_ms: int = 0) -> None:
         """Close. A serial port then stays closed for `late_reply_ms`, so that no late reply meets the next request."""

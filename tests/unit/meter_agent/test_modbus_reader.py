@@ -1,9 +1,16 @@
 """What the Modbus reader asks for and makes of the answers, over a line that is a table of registers."""
 
 import pytest
+from pymodbus.exceptions import ModbusException
 
 from meter_agent.profiles import load_profile
-from meter_agent.readers.modbus import SERIAL_NUMBER_MAX_AGE_S, LineFailure, ModbusReader
+from meter_agent.readers.modbus import (
+    MAX_BUFFERED_BYTES,
+    SERIAL_NUMBER_MAX_AGE_S,
+    LineFailure,
+    ModbusReader,
+    _refuse_floods,
+)
 from meter_agent.readings import ReadFailure
 
 
@@ -221,6 +228,13 @@ def test_a_device_without_the_models_is_explained(clock, image, reason):
     line.put(3, 40_000, image)
     with pytest.raises(ReadFailure, match=reason):
         reader_of("sunspec-inverter", line, clock).sample()
+
+
+def test_a_peer_that_sends_without_end_is_cut_off():
+    """Bounded memory: pymodbus would keep everything until the time limit."""
+    assert _refuse_floods(False, bytes(MAX_BUFFERED_BYTES)) == bytes(MAX_BUFFERED_BYTES)
+    with pytest.raises(ModbusException):
+        _refuse_floods(False, bytes(MAX_BUFFERED_BYTES + 1))
 
 
 def test_a_silent_device_is_not_asked_at_every_base(clock):
