@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from meter_agent.decode import UnusableValue, energy_mwh, power_w, scale_exponent, serial_number, shortest_decimal
 from meter_agent.profiles import Register, SerialNumber
 
-
 LARGEST_F32 = float.fromhex("0x1.fffffep127")
 
 
