@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     # Imported here, because these bring in SQLite, which a plain --help does not need.
-    from broker.ledger.errors import LedgerError
+    from broker.ledger.store import LedgerError
     from broker.service.registration import RegistrationError
     from broker.service.store import StoreError
 

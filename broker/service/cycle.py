@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from broker.ledger.limits import MAX_SLICES_OF_DELIVERY
-from broker.ledger.merkle import root_of
+from broker.ledger.merkle import leaf_hash, root_of
 from broker.ledger.operations import (
     AssetId,
     Close,
@@ -201,11 +201,13 @@ class Cycle:
         for row in self._store.messages(interval.start_s, MessageType.DEMAND):
             assert row.pseudonym is not None
             assert row.commitment is not None
-            leaves.append(row.pseudonym + row.commitment)
+            leaves.append((row.pseudonym, leaf_hash(row.pseudonym + row.commitment)))
             demanded_wh += row.energy_wh
         leaves.sort()
         operations = [encode_operation(void) for void in voids]
-        close = Close(interval.start_s, interval.end_s, revision, len(leaves), demanded_wh, root_of(leaves))
+        close = Close(
+            interval.start_s, interval.end_s, revision, len(leaves), demanded_wh, root_of([leaf for _, leaf in leaves])
+        )
         operations.append(encode_operation(close))
         self._store.set_interval(interval.start_s, IntervalState.CLOSED, revision + 1)
         self._desk.submit(BatchKind.CLOSE, interval.start_s, self._not_after(), operations)

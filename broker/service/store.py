@@ -66,13 +66,14 @@ CREATE TABLE batch (
 CREATE INDEX batch_waiting ON batch (state) WHERE state = 0;
 CREATE TABLE order_out (
     order_id BLOB PRIMARY KEY, start_s INTEGER NOT NULL, neighbour TEXT NOT NULL, source INTEGER NOT NULL,
-    energy_wh INTEGER NOT NULL, raw BLOB NOT NULL, state INTEGER NOT NULL, seen_wh INTEGER NOT NULL,
+    energy_wh INTEGER NOT NULL, raw BLOB NOT NULL, state TEXT NOT NULL, seen_wh INTEGER NOT NULL,
     answered_wh INTEGER, reason TEXT
 ) WITHOUT ROWID;
 CREATE INDEX order_out_interval ON order_out (start_s);
+CREATE INDEX order_out_open ON order_out (start_s) WHERE state = 'asked';
 CREATE TABLE order_in (
     order_id BLOB PRIMARY KEY, start_s INTEGER NOT NULL, requester TEXT NOT NULL, source INTEGER NOT NULL,
-    energy_wh INTEGER NOT NULL, highest_price INTEGER NOT NULL, raw BLOB NOT NULL, state INTEGER NOT NULL,
+    energy_wh INTEGER NOT NULL, highest_price INTEGER NOT NULL, raw BLOB NOT NULL, state TEXT NOT NULL,
     granted_wh INTEGER NOT NULL, batch_id BLOB, answer BLOB
 ) WITHOUT ROWID;
 CREATE INDEX order_in_interval ON order_in (start_s);
@@ -81,9 +82,12 @@ CREATE TABLE purchase (
     to_wh INTEGER NOT NULL, neighbour TEXT NOT NULL, price INTEGER NOT NULL, order_id BLOB NOT NULL,
     PRIMARY KEY (device, asset_start_s, asset_revision, from_wh)
 ) WITHOUT ROWID;
+CREATE TABLE ledger_cursor (only INTEGER PRIMARY KEY CHECK (only = 1), height INTEGER NOT NULL, block_id BLOB NOT NULL);
 CREATE TABLE announcement (topic TEXT PRIMARY KEY, raw BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE heard (broker TEXT NOT NULL, start_s INTEGER NOT NULL, raw BLOB NOT NULL, PRIMARY KEY (broker, start_s))
-    WITHOUT ROWID;
+CREATE TABLE heard (
+    start_s INTEGER NOT NULL, kind INTEGER NOT NULL, broker TEXT NOT NULL, payload BLOB NOT NULL,
+    PRIMARY KEY (start_s, kind, broker)
+) WITHOUT ROWID;
 """
 
 
@@ -219,7 +223,7 @@ class OrderOutRow:
     source: int
     energy_wh: int
     raw: bytes
-    state: int
+    state: str
     seen_wh: int
     answered_wh: int | None
 
@@ -233,7 +237,7 @@ class OrderInRow:
     energy_wh: int
     highest_price: int
     raw: bytes
-    state: int
+    state: str
     granted_wh: int
     batch_id: bytes | None
     answer: bytes | None
@@ -602,6 +606,16 @@ class BrokerStore:
             (int(state), height, reason, batch_id),
         )
 
+    # The ledger's blocks
+
+    def ledger_cursor(self) -> tuple[int, bytes] | None:
+        """(height, block id) up to which the ledger's blocks are taken in; None before the first."""
+        row = self._db.execute("SELECT height, block_id FROM ledger_cursor").fetchone()
+        return (int(row[0]), bytes(row[1])) if row else None
+
+    def set_ledger_cursor(self, height: int, block_id: bytes) -> None:
+        self._db.execute("INSERT OR REPLACE INTO ledger_cursor VALUES (1, ?, ?)", (height, block_id))
+
     # Orders
 
     def add_order_out(self, row: OrderOutRow) -> None:
@@ -632,8 +646,13 @@ class BrokerStore:
         rows = self._db.execute("SELECT * FROM order_out ORDER BY start_s, neighbour, source, order_id")
         return (OrderOutRow(*row[:9]) for row in rows)
 
+    def open_orders_out(self) -> list[OrderOutRow]:
+        """Orders that may still be served, oldest interval first."""
+        rows = self._db.execute("SELECT * FROM order_out WHERE state = 'asked' ORDER BY start_s, order_id")
+        return [OrderOutRow(*row[:9]) for row in rows]
+
     def set_order_out(
-        self, order_id: bytes, state: int, seen_wh: int, answered_wh: int | None, reason: str | None
+        self, order_id: bytes, state: str, seen_wh: int, answered_wh: int | None, reason: str | None
     ) -> None:
         self._db.execute(
             "UPDATE order_out SET state = ?, seen_wh = ?, answered_wh = ?, reason = ? WHERE order_id = ?",
@@ -666,7 +685,7 @@ class BrokerStore:
         rows = self._db.execute("SELECT * FROM order_in WHERE start_s = ? ORDER BY order_id", (start_s,))
         return [OrderInRow(*row) for row in rows]
 
-    def orders_in_state(self, states: Sequence[int]) -> list[OrderInRow]:
+    def orders_in_state(self, states: Sequence[str]) -> list[OrderInRow]:
         marks = ", ".join("?" for _ in states)
         rows = self._db.execute(
             f"SELECT * FROM order_in WHERE state IN ({marks}) ORDER BY start_s, order_id", tuple(states)
@@ -677,7 +696,7 @@ class BrokerStore:
         return [row for row in self.orders_in(start_s) if row.batch_id == batch_id]
 
     def set_order_in(
-        self, order_id: bytes, state: int, granted_wh: int, batch_id: bytes | None, answer: bytes | None
+        self, order_id: bytes, state: str, granted_wh: int, batch_id: bytes | None, answer: bytes | None
     ) -> None:
         self._db.execute(
             "UPDATE order_in SET state = ?, granted_wh = ?, batch_id = ?, answer = ? WHERE order_id = ?",
@@ -723,14 +742,20 @@ class BrokerStore:
     def announcements(self) -> list[tuple[str, bytes]]:
         return self._db.execute("SELECT topic, raw FROM announcement ORDER BY topic").fetchall()
 
-    def set_heard(self, broker: str, start_s: int, raw: bytes) -> None:
-        """A neighbour's `cleared` of one interval."""
-        self._db.execute("INSERT OR REPLACE INTO heard VALUES (?, ?, ?)", (broker, start_s, raw))
+    def set_heard(self, start_s: int, kind: MessageType, broker: str, payload: bytes) -> None:
+        """The payload of a neighbour's verified announcement about one interval."""
+        self._db.execute("INSERT OR REPLACE INTO heard VALUES (?, ?, ?, ?)", (start_s, int(kind), broker, payload))
 
-    def heard(self, start_s: int) -> dict[str, bytes]:
-        """By neighbour: its `cleared` message of that interval."""
-        rows = self._db.execute("SELECT broker, raw FROM heard WHERE start_s = ?", (start_s,))
+    def heard(self, start_s: int, kind: MessageType) -> dict[str, bytes]:
+        """By neighbour: the payload of its announcement of that kind about that interval."""
+        rows = self._db.execute(
+            "SELECT broker, payload FROM heard WHERE start_s = ? AND kind = ? ORDER BY broker", (start_s, int(kind))
+        )
         return dict(rows.fetchall())
+
+    def forget_heard(self, before_s: int) -> None:
+        """Drop what was heard about intervals that start before."""
+        self._db.execute("DELETE FROM heard WHERE start_s < ?", (before_s,))
 
 
 def encode_quotas(quotas: Sequence[int]) -> bytes:

@@ -1,0 +1,542 @@
+"""The broker's logic, put together: what a message, a moment of market time or a word of the ledger makes it do.
+
+No sockets, no clocks: the shell (`run`) hands in messages, times and ledger events, commits the store, and then sends
+what stands in `outputs`. Everything that decides about energy depends on market time and on what the store and the
+ledger hold, so a broker that is killed at any moment goes on as if it had not been.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from broker.ledger.client import (
+    BatchCommitted,
+    BatchRefused,
+    BlockApplied,
+    Event,
+    ForeignBatch,
+    HoldingsLoaded,
+    LedgerFault,
+)
+from broker.ledger.holding import Holding
+from broker.ledger.operations import (
+    Admit,
+    AssetId,
+    Deliver,
+    EndMandate,
+    Issue,
+    MandateOp,
+    Operation,
+    Register,
+    Transfer,
+    decode_operation,
+    encode_operation,
+)
+from broker.market.clearing import Clearing
+from broker.market.stock import HeldSlice, Stock
+from broker.protocol import messages
+from broker.protocol.envelope import Signer, open_envelope, parse
+from broker.protocol.errors import ProtocolError
+from broker.protocol.keys import PublicKey, public_key_from_cose
+from broker.protocol.market_time import MarketCalendar
+from broker.protocol.messages import (
+    Batch,
+    Carrier,
+    Cleared,
+    Genesis,
+    MessageType,
+    Order,
+    OrderAnswer,
+    Reading,
+    Registration,
+)
+from broker.protocol.sources import Source
+from broker.protocol.topics import Topics
+from broker.service.batches import BatchDesk, in_batches
+from broker.service.cycle import Cycle
+from broker.service.intake import Accepted, Intake
+from broker.service.neighbours import Neighbours
+from broker.service.outputs import Identity, Outputs
+from broker.service.registry import Registry
+from broker.service.store import BatchKind, BatchRow, BrokerStore, IntervalState, StatementRow, WorkState
+
+_STATEMENT_OPERATIONS: Final[Mapping[MessageType, Callable[[bytes], Operation]]] = {
+    MessageType.REGISTRATION: Register,
+    MessageType.ADMISSION: Admit,
+    MessageType.MANDATE: MandateOp,
+    MessageType.END_OF_MANDATE: EndMandate,
+}
+
+
+class Broker:
+    """One broker. The shell calls `take_*`, `set_time`, `advance`, and reads `idle`, `next_wake_s` and `outputs`."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        genesis: Genesis,
+        topics: Topics,
+        store: BrokerStore,
+        neighbours: Mapping[str, PublicKey],
+        highest_price: int,
+    ) -> None:
+        self.outputs = Outputs()
+        self._identity = identity
+        self._calendar = MarketCalendar(genesis.interval_s, genesis.gate_1_s, genesis.gate_2_s)
+        self._topics = topics
+        self._store = store
+        self._signers = {key.key_id: Signer(name, key) for name, key in neighbours.items()}
+        self._stock = Stock()
+        self._desk = BatchDesk(identity, store, self.outputs)
+        self._registry = Registry(store)
+        self._intake = Intake(identity, self._calendar, topics, store, self._registry, self.outputs)
+        self._cycle = Cycle(
+            identity,
+            self._calendar,
+            genesis.areas[0],
+            topics,
+            store,
+            self._registry,
+            self._stock,
+            self._desk,
+            self.outputs,
+        )
+        self._neighbours = Neighbours(
+            identity,
+            self._calendar,
+            topics,
+            store,
+            self._stock,
+            self._desk,
+            self.outputs,
+            tuple(sorted(neighbours)),
+            highest_price,
+        )
+        self._readings: list[Accepted] = []
+        self._loaded = False
+        self._stopped = False
+        self._refill = False
+        self._statements_waiting = bool(store.statements(WorkState.WAITING))
+        self._prices = self._own_prices()
+        self.market_time_s: int | None = None
+        for batch in self._desk.waiting:
+            self.outputs.submit(batch.raw)
+
+    # What the shell asks
+
+    @property
+    def idle(self) -> bool:
+        """True when all that market time and messages asked for is done, committed and answered."""
+        return (
+            self._loaded
+            and not self._desk.waiting
+            and not self._readings
+            and not self._statements_waiting
+            and not self._neighbours.waits_for_answers
+            and not self._neighbours.owes_answers
+            and not self._due()
+        )
+
+    def next_wake_s(self) -> int | None:
+        """Market time of the next gate."""
+        interval = self._cycle.current
+        if interval is None:
+            return None
+        if self._cycle.state is IntervalState.OPEN:
+            return self._calendar.gate_1_of(interval)
+        return self._calendar.gate_2_of(interval)
+
+    def next_resend_at_s(self) -> float | None:
+        """Network time at which `send_again` has something to do."""
+        return self._neighbours.next_resend_at_s()
+
+    def subscriptions(self) -> list[tuple[str, int]]:
+        """Topic filters and QoS of everything that concerns a broker, but for the ledger and the conductor."""
+        name = self._identity.name
+        filters = [
+            (self._topics.meter(name, "+", "reading"), 1),
+            (self._topics.meter(name, "+", "demand"), 1),
+            (self._topics.request(name), 1),
+            (self._topics.response(name, "+"), 1),
+        ]
+        for signer in self._signers.values():
+            filters.append((self._topics.cleared(signer.name), 1))
+            filters.append((self._topics.stock(signer.name), 1))
+        return filters
+
+    # What comes in
+
+    def set_time(self, market_time_s: int) -> None:
+        """Market time has reached this moment."""
+        self.market_time_s = market_time_s
+        self._cycle.start_at(market_time_s)
+
+    def registrations_changed(self) -> None:
+        """The command line has written into the store."""
+        self._registry.forget()
+        self._prices = self._own_prices()
+        self._statements_waiting = bool(self._store.statements(WorkState.WAITING))
+
+    def reconnected(self, now_s: float) -> None:
+        """The MQTT link is up anew: say again what has no answer, and what is retained."""
+        for topic, raw in self._store.announcements():
+            self.outputs.publish(topic, raw, retain=True)
+        self._neighbours.send_again(now_s, reconnected=True)
+
+    def send_again(self, now_s: float) -> None:
+        """Repeat what is overdue in network time."""
+        self._neighbours.send_again(now_s, reconnected=False)
+
+    def take_message(self, levels: tuple[str, ...], payload: bytes) -> None:
+        """A message on one of `subscriptions`; `levels` are its topic's below the root."""
+        match levels:
+            case ("brokers", self._identity.name, "meters", meter, ("reading" | "demand") as leaf):
+                self._take_meter_message(meter, leaf, payload)
+            case ("brokers", _, _) | ("brokers", _, "response", _):
+                self._take_broker_message(levels, payload)
+            case _:
+                self.outputs.complain(f"a message on {'/'.join(levels)}, which this broker does not know")
+
+    def _take_meter_message(self, meter: str, leaf: str, payload: bytes) -> None:
+        if self.market_time_s is None:
+            return  # Market time is not known yet; the agent sends again what has no receipt.
+        accepted = self._intake.take(meter, leaf, payload, self.market_time_s)
+        if accepted is None:
+            return
+        value = accepted.value
+        if isinstance(value, Reading):
+            if not accepted.again and value.energy_wh:
+                self._readings.append(accepted)
+        elif accepted.again:
+            row = self._store.message(value.start_s, meter, MessageType.DEMAND, value.revision)
+            if row is not None:
+                self._cycle.answer_again(row)
+        elif self._cycle.is_closed(value.start_s):
+            self._store.mark_late(value.start_s)
+        if not accepted.again:
+            self._cycle.note_accepted(value.start_s)
+
+    def _take_broker_message(self, levels: tuple[str, ...], payload: bytes) -> None:
+        try:
+            opened = open_envelope(payload, self._identity.ledger, self._signers.get)
+        except ProtocolError as error:
+            self.outputs.complain(f"a message on {'/'.join(levels)} is ignored: {error}")
+            return
+        message, peer = opened.message, opened.sender
+        match levels, message:
+            case ("brokers", self._identity.name, "request"), Order():
+                self._neighbours.take_order(peer, message, opened.raw)
+            case ("brokers", self._identity.name, "response", sender), OrderAnswer() if sender == peer:
+                self._neighbours.take_answer(peer, message)
+            case ("brokers", sender, "cleared"), Cleared() if sender == peer:
+                self._neighbours.hear(peer, message)
+            case ("brokers", sender, "stock"), messages.Stock() if sender == peer:
+                self._neighbours.hear(peer, message)
+            case _:
+                self.outputs.complain(
+                    f"a {message.TYPE.name.lower()} of {peer} does not belong on {'/'.join(levels)}; it is ignored"
+                )
+
+    # The ledger's word
+
+    def take_event(self, event: Event) -> None:
+        """Something that the ledger client saw."""
+        match event:
+            case HoldingsLoaded():
+                self._load_stock(event.holdings)
+            case BatchCommitted():
+                self._committed(event)
+            case BatchRefused():
+                self._refused(event)
+            case ForeignBatch():
+                self._take_foreign(event)
+            case BlockApplied():
+                pass
+            case LedgerFault():
+                self._stopped = True
+                self.outputs.complain(
+                    f"the ledger contradicts itself at height {event.height}: {event.reason}; this broker decides"
+                    " nothing more until an operator has compared checkpoints and restarted it"
+                )
+
+    def _load_stock(self, holdings: tuple[Holding, ...]) -> None:
+        """All that the ledger says we own, less what our unanswered batches give away."""
+        self._stock.drop_all()
+        for holding in holdings:
+            self._stock.add(self._as_slice(holding.asset, holding.source, holding.from_wh, holding.to_wh))
+        for batch in self._desk.waiting:
+            for asset, from_wh, to_wh in _given_away(_operations_of(batch.raw), self._identity.name):
+                key = (asset.device, int(asset.carrier), asset.start_s, asset.revision)
+                if self._stock.holds(key, from_wh, to_wh):
+                    self._stock.remove(key, from_wh, to_wh)
+        self._loaded = True
+        self._refill = True
+
+    def _as_slice(self, asset: AssetId, source: Source, from_wh: int, to_wh: int) -> HeldSlice:
+        device = self._registry.device(asset.device)
+        price = device.price if device is not None else 0
+        if device is None:
+            purchase = self._store.purchase_of(asset.device, asset.start_s, asset.revision, from_wh)
+            price = purchase.price if purchase is not None else 0
+        key = (asset.device, int(asset.carrier), asset.start_s, asset.revision)
+        end_s = asset.start_s + self._calendar.interval_s
+        return HeldSlice(key, source, asset.start_s, end_s, from_wh, to_wh, price)
+
+    def _committed(self, event: BatchCommitted) -> None:
+        batch = self._desk.finish(event.batch_id, WorkState.COMMITTED, event.height, None)
+        if batch is None:
+            return
+        match batch.kind:
+            case BatchKind.STATEMENTS:
+                self._finish_statements(_operations_of(batch.raw), WorkState.COMMITTED, None)
+            case BatchKind.PROVIDE:
+                self._add_provided(_operations_of(batch.raw))
+            case BatchKind.SUPPLY:
+                self._neighbours.supply_finished(batch, committed=True, reason=None)
+            case BatchKind.DELIVER | BatchKind.CLOSE:
+                self._cycle.committed(batch)
+
+    def _add_provided(self, operations: list[Operation]) -> None:
+        if not self._loaded:
+            return  # The holdings that are being loaded include it.
+        for operation in operations:
+            if isinstance(operation, Transfer):
+                device = self._registry.device(operation.asset.device)
+                if device is not None:
+                    self._stock.add(self._as_slice(operation.asset, device.source, operation.from_wh, operation.to_wh))
+        self._refill = True
+
+    def _refused(self, event: BatchRefused) -> None:
+        waiting = {row.batch_id: row for row in self._desk.waiting}
+        batch = waiting.get(event.batch_id)
+        if batch is None:
+            return
+        if event.transient:
+            self.outputs.submit(batch.raw)
+            return
+        reason = f"{event.code}: {event.reason}"
+        self.outputs.complain(f"the ledger refused a batch ({batch.kind.name.lower()}): {reason}")
+        self._desk.finish(event.batch_id, WorkState.REFUSED, None, reason)
+        operations = _operations_of(batch.raw)
+        match batch.kind:
+            case BatchKind.STATEMENTS:
+                self._statements_refused(operations, event.operation, reason)
+            case BatchKind.PROVIDE:
+                self._provide_refused(batch, operations, event.operation, reason)
+            case BatchKind.SUPPLY:
+                self._give_back(operations)
+                self._neighbours.supply_finished(batch, committed=False, reason=reason)
+            case BatchKind.DELIVER:
+                self._give_back(operations)
+                self._cycle.refused(batch)
+                self._refill = True
+            case BatchKind.CLOSE:
+                self._cycle.close_refused(batch)
+
+    def _give_back(self, operations: list[Operation]) -> None:
+        """What a refused batch would have given away is still ours."""
+        for asset, from_wh, to_wh in _given_away(operations, self._identity.name):
+            source = self._source_of(asset)
+            if source is not None and self._loaded:
+                self._stock.add(self._as_slice(asset, source, from_wh, to_wh))
+
+    def _source_of(self, asset: AssetId) -> Source | None:
+        device = self._registry.device(asset.device)
+        if device is not None:
+            return device.source
+        purchase = self._store.purchase_of(asset.device, asset.start_s, asset.revision, 2**53)
+        order = self._store.order_out(purchase.order_id) if purchase is not None else None
+        return Source(order.source) if order is not None else None
+
+    def _take_foreign(self, event: ForeignBatch) -> None:
+        """Of what others put on the ledger only transfers to us concern us: the neighbour's second change request."""
+        for operation in event.operations:
+            if isinstance(operation, Transfer) and operation.receiver == self._identity.name and operation.order:
+                order = Order.from_payload(parse(operation.order).payload)
+                self._neighbours.transfer_seen(
+                    operation.sender, operation, order.order_id, order.source, into_stock=self._loaded
+                )
+                self._refill = True
+
+    # What is due
+
+    def advance(self, now_s: float) -> None:
+        """Do everything that can be done now. `now_s` is network time, for time-outs only."""
+        self._submit_statements()
+        self._provide()
+        if self._stopped or not self._loaded or self.market_time_s is None:
+            return
+        while self._step(now_s):
+            pass
+
+    def _due(self) -> bool:
+        """True if a gate has been reached whose work is not done."""
+        interval = self._cycle.current
+        if interval is None or self.market_time_s is None:
+            return True
+        if self._cycle.state is IntervalState.OPEN:
+            early = self.market_time_s >= interval.end_s and self._cycle.everyone_reported()
+            return early or self.market_time_s >= self._calendar.gate_1_of(interval)
+        return self.market_time_s >= self._calendar.gate_2_of(interval)
+
+    def _step(self, now_s: float) -> bool:
+        """One thing that is due. False if there is nothing, or if it has to wait for an answer."""
+        interval = self._cycle.current
+        assert interval is not None
+        assert self.market_time_s is not None
+        if self._readings or self._desk.waits_for(BatchKind.PROVIDE):
+            return False  # Energy that was accepted must be in stock before anything is decided.
+        if self._cycle.state is IntervalState.OPEN:
+            if not self._due():
+                return self._serve(interval.start_s - self._calendar.interval_s, now_s)
+            clearing = self._cycle.clear()
+            self._refill = False
+            self._ask_neighbours(clearing, now_s)
+            self._neighbours.announce(interval, clearing, self._prices)
+            return True
+        if self._serve(interval.start_s, now_s):
+            return True
+        gate_2 = self.market_time_s >= self._calendar.gate_2_of(interval)
+        if self._refill and not self._neighbours.waits_for_answers:
+            self._refill = False
+            clearing = self._cycle.fill_again()
+            if not gate_2 and self._ask_neighbours(clearing, now_s):
+                self._neighbours.announce(interval, clearing, self._prices)
+            return True
+        if gate_2:
+            self._cycle.close(self._neighbours.give_up(interval.start_s))
+            self._neighbours.forget(interval.start_s)
+            return True
+        return False
+
+    def _ask_neighbours(self, clearing: Clearing, now_s: float) -> bool:
+        """The first change request, for what own stock lacks. False if nothing is lacking or nobody is left to ask."""
+        interval = self._cycle.current
+        assert interval is not None
+        if not clearing.shortages and not clearing.group_shortage_wh:
+            return False
+        return self._neighbours.ask(interval, clearing, now_s)
+
+    def _serve(self, up_to_start_s: int, now_s: float) -> bool:
+        """Serve neighbours' orders, once all that was announced for the interval is here or half the time is over."""
+        interval = self._cycle.current
+        assert interval is not None
+        assert self.market_time_s is not None
+        if not self._neighbours.has_orders_up_to(up_to_start_s):
+            return False
+        half_s = (self._calendar.gate_1_of(interval) + self._calendar.gate_2_of(interval)) // 2
+        if (
+            up_to_start_s == interval.start_s
+            and self.market_time_s < half_s
+            and not self._neighbours.ready_to_serve(up_to_start_s)
+        ):
+            return False
+        self._neighbours.serve(up_to_start_s, self._prices)
+        return True
+
+    # Providers' energy
+
+    def _provide(self) -> None:
+        """Have the ledger issue what was accepted, and take it over under the mandate."""
+        readings, self._readings = self._readings, []
+        pairs = []
+        for accepted in readings:
+            value = accepted.value
+            device = self._registry.device(accepted.meter)
+            if device is None:
+                continue
+            asset = AssetId(device.device, Carrier(value.carrier), value.start_s, value.revision)
+            issue = encode_operation(Issue(accepted.raw))
+            transfer = encode_operation(
+                Transfer(asset, 0, value.energy_wh, device.owner, self._identity.name, device.price, None)
+            )
+            pairs.append((value, issue, transfer))
+        for run in in_batches(pairs, [len(issue) + len(transfer) for _, issue, transfer in pairs]):
+            newest = max(value.end_s for value, _, _ in run)
+            operations = [operation for _, issue, transfer in run for operation in (issue, transfer)]
+            self._desk.submit(BatchKind.PROVIDE, run[0][0].start_s, self._provide_by(newest), operations)
+
+    def _provide_by(self, end_s: int) -> int:
+        """Late energy is taken as long as this broker has not gone far beyond; its clock is the interval in work."""
+        interval = self._cycle.current
+        current_end_s = interval.end_s if interval is not None else end_s
+        return max(end_s, current_end_s) + 2 * self._calendar.interval_s
+
+    def _provide_refused(self, batch: BatchRow, operations: list[Operation], at_fault: int | None, reason: str) -> None:
+        """Take the pair at fault out and submit the rest; alone, a pair is given up with its reason on record."""
+        pairs = [operations[first : first + 2] for first in range(0, len(operations), 2)]
+        bad = at_fault // 2 if at_fault is not None else None
+        for index, pair in enumerate(pairs):
+            if index == bad or (bad is None and len(pairs) == 1):
+                issue = pair[0]
+                assert isinstance(issue, Issue)
+                reading = Reading.from_payload(parse(issue.statement).payload)
+                self._store.refuse_message(
+                    reading.start_s, reading.meter, MessageType.READING, reading.revision, reason
+                )
+            else:
+                encoded = [encode_operation(operation) for operation in pair]
+                self._desk.submit(BatchKind.PROVIDE, batch.start_s, self._provide_by(batch.start_s), encoded)
+
+    # Statements of registrars and owners
+
+    def _submit_statements(self) -> None:
+        """Registrations, admissions and mandates go first, our own registration before all others."""
+        if not self._statements_waiting or self._desk.waits_for(BatchKind.STATEMENTS):
+            return
+        rows = sorted(self._store.statements(WorkState.WAITING), key=self._statement_rank)
+        self._statements_waiting = bool(rows)
+        if not rows:
+            return
+        operations = [encode_operation(_statement_operation(row)) for row in rows]
+        far_s = (self.market_time_s or 0) + 365 * 86_400
+        for run in in_batches(operations, [len(operation) for operation in operations]):
+            self._desk.submit(BatchKind.STATEMENTS, 0, far_s, run)
+
+    def _statement_rank(self, row: StatementRow) -> tuple[int, int, int]:
+        own = 1
+        if row.kind == MessageType.REGISTRATION:
+            registration = Registration.from_payload(parse(row.raw).payload)
+            own = 0 if public_key_from_cose(registration.key).key_id == self._identity.key.public.key_id else 1
+        return own, row.kind, row.number
+
+    def _statements_refused(self, operations: list[Operation], at_fault: int | None, reason: str) -> None:
+        if at_fault is not None and at_fault < len(operations):
+            self._finish_statements([operations[at_fault]], WorkState.REFUSED, reason)
+        else:
+            self._finish_statements(operations, WorkState.REFUSED, reason)
+        self._statements_waiting = True
+
+    def _finish_statements(self, operations: list[Operation], state: WorkState, reason: str | None) -> None:
+        raws = {getattr(operation, "statement", None) for operation in operations}
+        for row in self._store.statements(WorkState.WAITING):
+            if row.raw in raws:
+                self._store.set_statement(row.number, state, reason)
+        self._statements_waiting = bool(self._store.statements(WorkState.WAITING))
+
+    def _own_prices(self) -> dict[Source, int]:
+        """The price of each source that own providers make: the dearest of their devices."""
+        prices: dict[Source, int] = {}
+        for device in self._store.devices():
+            source = Source(device.source)
+            prices[source] = max(prices.get(source, 0), device.price)
+        return prices
+
+
+def _statement_operation(row: StatementRow) -> Operation:
+    return _STATEMENT_OPERATIONS[MessageType(row.kind)](row.raw)
+
+
+def _operations_of(raw_batch: bytes) -> list[Operation]:
+    """The operations of a batch that this broker sealed itself."""
+    return [decode_operation(encoded) for encoded in Batch.from_payload(parse(raw_batch).payload).operations]
+
+
+def _given_away(operations: list[Operation], broker: str) -> list[tuple[AssetId, int, int]]:
+    """The ranges that these operations take from the broker."""
+    ranges = []
+    for operation in operations:
+        if isinstance(operation, Deliver):
+            ranges.extend([(item.asset, item.from_wh, item.to_wh) for item in operation.slices])
+        elif isinstance(operation, Transfer) and operation.sender == broker:
+            ranges.append((operation.asset, operation.from_wh, operation.to_wh))
+    return ranges

@@ -1,0 +1,402 @@
+"""The conversation with neighbouring brokers: asking for energy, being asked, and announcing.
+
+Both sides' states and their legal transitions stand in `broker.market.sourcing`; here they are kept in the store and
+carried out. A neighbour's *done* is a hint: energy counts only when the ledger's feed shows its transfer. What is open
+is sent again, the stored bytes, after a reconnect or a time-out, and every repeated order gets the same answer.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from broker.ledger.operations import AssetId, Transfer, encode_operation
+from broker.market.clearing import Clearing
+from broker.market.sourcing import (
+    NeighbourOffer,
+    OpenOrder,
+    RequesterEvent,
+    RequesterState,
+    SupplierEvent,
+    SupplierState,
+    grants,
+    next_requester_state,
+    next_resend_s,
+    next_supplier_state,
+    order_id_for,
+    plan_orders,
+    supplier_answer,
+)
+from broker.market.stock import HeldSlice, Stock
+from broker.protocol import messages
+from broker.protocol.limits import MAX_REASON_CHARACTERS
+from broker.protocol.market_time import Interval, MarketCalendar
+from broker.protocol.messages import (
+    AnswerStatus,
+    Carrier,
+    Cleared,
+    MessageType,
+    NeighbourCount,
+    Order,
+    OrderAnswer,
+    SourceAmount,
+    SourceOffer,
+)
+from broker.protocol.sources import Source
+from broker.protocol.topics import Topics
+from broker.service.batches import BatchDesk
+from broker.service.outputs import Identity, Outputs
+from broker.service.store import BatchKind, BatchRow, BrokerStore, OrderInRow, OrderOutRow, PurchaseRow
+
+MAX_OPEN_ORDERS_IN: Final = 4_096
+"""Orders of all neighbours that wait to be served; more are refused, so that a flood costs its sender."""
+
+COARSE_WH: Final = 100
+"""Stock is announced in steps of this, rounded down: enough to choose whom to ask, too little to read off trades."""
+
+KEEP_HEARD_S: Final = 2 * 86_400
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """When an order was last sent, for time-outs in network time."""
+
+    attempts: int
+    resend_at_s: float
+
+
+class Neighbours:
+    """Orders out and in, and what is announced and heard."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        calendar: MarketCalendar,
+        topics: Topics,
+        store: BrokerStore,
+        stock: Stock,
+        desk: BatchDesk,
+        outputs: Outputs,
+        names: tuple[str, ...],
+        highest_price: int,
+    ) -> None:
+        self._identity = identity
+        self._calendar = calendar
+        self._topics = topics
+        self._store = store
+        self._stock = stock
+        self._desk = desk
+        self._outputs = outputs
+        self._names = names
+        self._highest_price = highest_price
+        # What is under way, so that a turn without any neighbour's business costs no query.
+        self._asked = {row.order_id: _Waiting(0, 0.0) for row in store.open_orders_out()}
+        self._received = {row.order_id for row in store.orders_in_state([_name(SupplierState.RECEIVED)])}
+        self._submitted = {row.order_id for row in store.orders_in_state([_name(SupplierState.SUBMITTED)])}
+
+    # The requester's side
+
+    @property
+    def waits_for_answers(self) -> bool:
+        """True while an order of ours may still be served."""
+        return bool(self._asked)
+
+    def ask(self, interval: Interval, clearing: Clearing, now_s: float) -> bool:
+        """Order what a clearing lacks from neighbours not asked for it yet. False if there is nobody left to ask.
+
+        Call only while no order is open: what may still come must not be asked of anyone else.
+        """
+        before = self._store.orders_out(interval.start_s)
+        planned = plan_orders(
+            clearing.shortages,
+            clearing.group_shortage_wh,
+            self._names,
+            self._offers_before(interval),
+            self._highest_price,
+            [(row.neighbour, Source(row.source)) for row in before],
+        )
+        for plan in planned:
+            order = Order(
+                order_id_for(self._identity.name, plan.source, interval.start_s, len(before), plan.neighbour),
+                self._identity.name,
+                plan.source,
+                interval.start_s,
+                interval.end_s,
+                plan.energy_wh,
+                plan.highest_price,
+                interval.end_s,
+                (self._identity.name, plan.neighbour),
+            )
+            row = OrderOutRow(
+                order.order_id,
+                interval.start_s,
+                plan.neighbour,
+                int(plan.source),
+                plan.energy_wh,
+                self._identity.seal(order),
+                _name(RequesterState.ASKED),
+                0,
+                None,
+            )
+            self._store.add_order_out(row)
+            self._send_order(row, now_s)
+        return bool(planned)
+
+    def _offers_before(self, interval: Interval) -> list[NeighbourOffer]:
+        """What neighbours announced after the interval before this one: all of them have spoken about that by now."""
+        offers = []
+        before_s = interval.start_s - self._calendar.interval_s
+        for neighbour, payload in self._store.heard(before_s, MessageType.STOCK).items():
+            for offer in messages.Stock.from_payload(payload).offers:
+                offers.append(NeighbourOffer(neighbour, offer.source, offer.energy_wh, offer.price))
+        return offers
+
+    def _send_order(self, row: OrderOutRow, now_s: float) -> None:
+        waiting = self._asked.setdefault(row.order_id, _Waiting(0, 0.0))
+        waiting.attempts += 1
+        waiting.resend_at_s = now_s + next_resend_s(waiting.attempts)
+        self._outputs.publish(self._topics.request(row.neighbour), row.raw)
+
+    def send_again(self, now_s: float, *, reconnected: bool) -> None:
+        """Repeat orders whose answer is overdue, or all open ones after a reconnect."""
+        due = [order_id for order_id, waiting in self._asked.items() if reconnected or waiting.resend_at_s <= now_s]
+        for order_id in due:
+            row = self._store.order_out(order_id)
+            assert row is not None
+            self._send_order(row, now_s)
+
+    def next_resend_at_s(self) -> float | None:
+        """Network time of the next repetition; None while no order is open."""
+        return min((waiting.resend_at_s for waiting in self._asked.values()), default=None)
+
+    def take_answer(self, peer: str, answer: OrderAnswer) -> None:
+        """A neighbour's answer. Whatever it says, only the ledger moves energy."""
+        row = self._store.order_out(answer.order_id)
+        if row is None or row.neighbour != peer:
+            self._outputs.complain(f"{peer} answers an order that it was not asked; the answer is ignored")
+            return
+        if answer.status is AnswerStatus.DONE:
+            self._move_out(row, RequesterEvent.ANSWERED_DONE, row.seen_wh, answer.energy_wh, None)
+        else:
+            self._move_out(row, RequesterEvent.ANSWERED_REFUSED, row.seen_wh, row.answered_wh, answer.reason)
+
+    def transfer_seen(
+        self, sender: str, transfer: Transfer, order_id: bytes, source: Source, *, into_stock: bool
+    ) -> None:
+        """The feed shows a transfer to us under an order: the energy is ours.
+
+        `into_stock` is False while the ledger's holdings are being loaded, which include it.
+        """
+        asset = transfer.asset
+        row = PurchaseRow(
+            asset.device,
+            asset.start_s,
+            asset.revision,
+            transfer.from_wh,
+            transfer.to_wh,
+            sender,
+            transfer.price,
+            order_id,
+        )
+        if not self._store.add_purchase(row):
+            return
+        end_s = asset.start_s + self._calendar.interval_s
+        key = (asset.device, int(asset.carrier), asset.start_s, asset.revision)
+        self._stock.add(HeldSlice(key, source, asset.start_s, end_s, transfer.from_wh, transfer.to_wh, transfer.price))
+        order = self._store.order_out(order_id)
+        if order is None:
+            self._outputs.complain(f"{sender} transferred energy under an order that this broker does not know")
+            return
+        seen_wh = order.seen_wh + transfer.to_wh - transfer.from_wh
+        self._move_out(order, RequesterEvent.TRANSFER_SEEN, seen_wh, order.answered_wh, None)
+
+    def give_up(self, start_s: int) -> list[bytes]:
+        """Gate 2: end the orders of an interval that are still open. Returns their ids, for voids on the ledger."""
+        voided = []
+        for row in self._store.orders_out(start_s):
+            if row.order_id in self._asked:
+                voided.append(row.order_id)
+                self._move_out(row, RequesterEvent.END_SEEN, row.seen_wh, row.answered_wh, "unanswered at gate 2")
+        return voided
+
+    def _move_out(
+        self, row: OrderOutRow, event: RequesterEvent, seen_wh: int, answered_wh: int | None, reason: str | None
+    ) -> None:
+        state = next_requester_state(RequesterState[row.state.upper()], event)
+        self._store.set_order_out(row.order_id, _name(state), seen_wh, answered_wh, reason)
+        if state is not RequesterState.ASKED:
+            self._asked.pop(row.order_id, None)
+
+    # The supplier's side
+
+    @property
+    def owes_answers(self) -> bool:
+        """True while an order of a neighbour is neither refused nor settled on the ledger."""
+        return bool(self._received or self._submitted)
+
+    def take_order(self, peer: str, order: Order, raw: bytes) -> None:
+        """A neighbour's order: stored, and served after the next apportioning; a repeated one is answered again."""
+        known = self._store.order_in(order.order_id)
+        if known is not None:
+            if known.raw != raw:
+                self._outputs.complain(f"{peer} sent another order under an id that it used before; it is ignored")
+            elif known.answer is not None:
+                self._outputs.publish(self._topics.response(peer, self._identity.name), known.answer)
+            return
+        row = OrderInRow(
+            order.order_id,
+            order.start_s,
+            order.requester,
+            int(order.source),
+            order.energy_wh,
+            order.highest_price,
+            raw,
+            _name(SupplierState.RECEIVED),
+            0,
+            None,
+            None,
+        )
+        self._store.add_order_in(row)
+        self._received.add(order.order_id)
+        reason = self._refusal(peer, order)
+        if reason is not None:
+            self._decline(row, reason)
+
+    def _refusal(self, peer: str, order: Order) -> str | None:
+        """Why an order cannot be served at all; None if it can be considered."""
+        if order.requester != peer:
+            return f"{peer} signed an order in the name of {order.requester}"
+        if order.path[-1] != self._identity.name or order.path[0] != peer or len(set(order.path)) != len(order.path):
+            return f"the path {' → '.join(order.path)} does not lead from {peer} to {self._identity.name}"
+        if not self._calendar.is_interval(order.start_s, order.end_s):
+            return f"[{order.start_s}, {order.end_s}) is no market interval"
+        if len(self._received) > MAX_OPEN_ORDERS_IN:
+            return f"more than {MAX_OPEN_ORDERS_IN} orders are waiting here; ask again later"
+        return None
+
+    def ready_to_serve(self, start_s: int) -> bool:
+        """True when every neighbour has announced this interval and the orders that it announced are here."""
+        if not self._received:
+            return True
+        heard = self._store.heard(start_s, MessageType.CLEARED)
+        if any(name not in heard for name in self._names):
+            return False
+        received: dict[str, int] = {}
+        for row in self._store.orders_in(start_s):
+            received[row.requester] = received.get(row.requester, 0) + 1
+        for neighbour, payload in heard.items():
+            asked = {item.neighbour: item.orders for item in Cleared.from_payload(payload).asked}
+            if received.get(neighbour, 0) < asked.get(self._identity.name, 0):
+                return False
+        return True
+
+    def has_orders_up_to(self, start_s: int) -> bool:
+        """True if unserved orders wait for that interval or an earlier one."""
+        if not self._received:
+            return False
+        waiting = self._store.orders_in_state([_name(SupplierState.RECEIVED)])
+        return any(row.start_s <= start_s for row in waiting)
+
+    def serve(self, up_to_start_s: int, prices: Mapping[Source, int]) -> None:
+        """Share out what is left of stock among the waiting orders of intervals up to that one."""
+        by_interval: dict[int, list[OrderInRow]] = {}
+        for row in self._store.orders_in_state([_name(SupplierState.RECEIVED)]):
+            if row.start_s <= up_to_start_s:
+                by_interval.setdefault(row.start_s, []).append(row)
+        for start_s, rows in sorted(by_interval.items()):
+            interval = Interval(start_s, start_s + self._calendar.interval_s)
+            available = self._stock.available(interval)
+            orders = [
+                OpenOrder(row.order_id, row.requester, Source(row.source), row.energy_wh, row.highest_price)
+                for row in rows
+            ]
+            for row, grant in zip(rows, grants(orders, available, prices), strict=True):
+                if grant.energy_wh:
+                    self._supply(row, grant.energy_wh, interval)
+                else:
+                    self._decline(row, grant.reason or "nothing left")
+
+    def _supply(self, row: OrderInRow, energy_wh: int, interval: Interval) -> None:
+        """The second change request: the transfer to the neighbour, with its order inside."""
+        operations = []
+        for held in self._stock.take(Source(row.source), interval.start_s, energy_wh):
+            device, carrier, start_s, revision = held.asset
+            asset = AssetId(device, Carrier(carrier), start_s, revision)
+            transfer = Transfer(
+                asset, held.from_wh, held.to_wh, self._identity.name, row.requester, held.price, row.raw
+            )
+            operations.append(encode_operation(transfer))
+        batch = self._desk.submit(
+            BatchKind.SUPPLY, interval.start_s, interval.end_s + self._calendar.interval_s, operations
+        )
+        state = next_supplier_state(SupplierState.RECEIVED, SupplierEvent.GRANTED)
+        self._store.set_order_in(row.order_id, _name(state), energy_wh, batch.batch_id, None)
+        self._received.discard(row.order_id)
+        self._submitted.add(row.order_id)
+
+    def _decline(self, row: OrderInRow, reason: str) -> None:
+        state = next_supplier_state(SupplierState.RECEIVED, SupplierEvent.DECLINED)
+        self._received.discard(row.order_id)
+        self._answer(row, state, 0, None, reason)
+
+    def supply_finished(self, batch: BatchRow, *, committed: bool, reason: str | None) -> None:
+        """The ledger's word on a transfer to a neighbour: answer its order."""
+        event = SupplierEvent.BATCH_COMMITTED if committed else SupplierEvent.BATCH_REFUSED
+        for row in self._store.orders_in_of_batch(batch.start_s, batch.batch_id):
+            state = next_supplier_state(SupplierState[row.state.upper()], event)
+            self._submitted.discard(row.order_id)
+            granted_wh = row.granted_wh if committed else 0
+            self._answer(row, state, granted_wh, batch.batch_id if committed else None, reason)
+
+    def _answer(
+        self, row: OrderInRow, state: SupplierState, granted_wh: int, batch_id: bytes | None, reason: str | None
+    ) -> None:
+        status = supplier_answer(state)
+        assert status is not None
+        text = None if reason is None else reason[:MAX_REASON_CHARACTERS]
+        answer = self._identity.seal(OrderAnswer(row.order_id, status, granted_wh, batch_id, text))
+        self._store.set_order_in(row.order_id, _name(state), granted_wh, batch_id, answer)
+        self._outputs.publish(self._topics.response(row.requester, self._identity.name), answer)
+
+    # Announcements
+
+    def announce(self, interval: Interval, clearing: Clearing, prices: Mapping[Source, int]) -> None:
+        """Tell neighbours that this interval is cleared here, what is short, whom we ask, and coarsely what is left."""
+        if not self._names:
+            return
+        counts: dict[str, int] = {}
+        for row in self._store.orders_out(interval.start_s):
+            counts[row.neighbour] = counts.get(row.neighbour, 0) + 1
+        cleared = Cleared(
+            self._identity.name,
+            interval.start_s,
+            interval.end_s,
+            tuple([SourceAmount(source, clearing.shortages[source]) for source in sorted(clearing.shortages)]),
+            tuple([NeighbourCount(name, counts[name]) for name in sorted(counts)]),
+        )
+        self._publish_retained(self._topics.cleared(self._identity.name), self._identity.seal(cleared))
+        offers = [
+            SourceOffer(source, energy_wh - energy_wh % COARSE_WH, prices[source])
+            for source, energy_wh in self._stock.available(interval).items()
+            if energy_wh >= COARSE_WH and source in prices
+        ]
+        stock = messages.Stock(self._identity.name, interval.start_s, interval.end_s, tuple(offers))
+        self._publish_retained(self._topics.stock(self._identity.name), self._identity.seal(stock))
+
+    def _publish_retained(self, topic: str, raw: bytes) -> None:
+        self._store.set_announcement(topic, raw)
+        self._outputs.publish(topic, raw, retain=True)
+
+    def hear(self, peer: str, announcement: Cleared | messages.Stock) -> None:
+        """A neighbour's announcement about one interval."""
+        if announcement.broker != peer:
+            self._outputs.complain(f"{peer} announces in the name of {announcement.broker}; it is ignored")
+            return
+        self._store.set_heard(announcement.start_s, announcement.TYPE, peer, announcement.to_payload())
+
+    def forget(self, before_s: int) -> None:
+        """Drop what was heard long before that interval."""
+        self._store.forget_heard(before_s - KEEP_HEARD_S)
+
+
+def _name(state: RequesterState | SupplierState) -> str:
+    return state.name.lower()

@@ -1,0 +1,309 @@
+"""The broker's event loop: one thread, one turn after the other.
+
+A turn takes in the messages that have come, lets the broker decide, commits its store once, then hands batches to the
+ledger (its own, if it hosts one, is committed in the same turn), publishes what the turn made, and only then
+acknowledges what it took in. So nothing is acknowledged or answered before its effect is on disk, and one disk
+synchronisation serves a whole turn.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator
+from importlib.metadata import version
+from types import FrameType
+from typing import Final
+
+from broker.config import BrokerConfig, load_genesis, parse_public_key
+from broker.ledger.client import BlockApplied, LedgerClient, TooManyPending
+from broker.ledger.embedded import EmbeddedLedger
+from broker.ledger.gateway import Gateway, Outgoing
+from broker.protocol.envelope import Signer, open_envelope
+from broker.protocol.errors import ProtocolError
+from broker.protocol.keys import load_private_key, public_key_from_cose
+from broker.protocol.messages import BrokerStatus, Genesis, Report, Stage, Tick
+from broker.protocol.mqtt_link import Incoming, MqttLink
+from broker.protocol.topics import Topics
+from broker.service.core import Broker
+from broker.service.outputs import Identity, Publication
+from broker.service.store import BrokerStore
+from firmware_config.loader import ConfigError
+
+LOG: Final = logging.getLogger("energy-broker")
+LONGEST_WAIT_S: Final = 1.0
+"""The loop looks at clocks and at the store's other writers at least this often."""
+
+STATUS_EVERY_S: Final = 60.0
+
+
+def run_broker(config: BrokerConfig) -> int:
+    """Run until SIGTERM or SIGINT; returns the exit code."""
+    genesis = load_genesis(config.ledger.genesis_file)
+    if config.broker.clock == "conductor" and genesis.conductor is None:
+        raise ConfigError(config.ledger.genesis_file, "simulated", "a simulated ledger with a conductor")
+    with contextlib.ExitStack() as stack:
+        service = BrokerService(config, genesis, stack)
+        stopping: list[int] = []
+
+        def stop(number: int, _frame: FrameType | None) -> None:
+            stopping.append(number)
+            service.wake()
+
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
+        LOG.info("broker %s runs on ledger %s", config.broker.name, genesis.ledger)
+        while not stopping:
+            service.turn()
+        service.say_goodbye()
+    return 0
+
+
+class BrokerService:
+    """Wires a Broker to MQTT, clock, store and ledger."""
+
+    def __init__(self, config: BrokerConfig, genesis: Genesis, stack: contextlib.ExitStack) -> None:
+        key = load_private_key(config.broker.key_file)
+        self._name = config.broker.name
+        self._topics = Topics(config.mqtt.root)
+        self._identity = Identity(self._name, key, genesis.ledger)
+        self._genesis = genesis
+        self._simulated = config.broker.clock == "conductor"
+        self._store = BrokerStore(config.database)
+        stack.callback(self._store.close)
+        neighbours = {neighbour.name: parse_public_key(neighbour.key) for neighbour in config.neighbours}
+        self._store.begin()
+        self._broker = Broker(
+            self._identity, genesis, self._topics, self._store, neighbours, config.market.highest_price
+        )
+        self._store.commit()
+        self._client = LedgerClient(genesis, self._name, key, os.urandom, resume=self._store.ledger_cursor())
+        self._gateway = self._open_gateway(config, genesis, stack)
+        will = self._identity.seal(BrokerStatus(self._name, False, 0, version("dengen")))
+        self._link = MqttLink(
+            config.mqtt,
+            f"broker-{self._name}",
+            self._subscriptions(),
+            will=(self._topics.broker_status(self._name), will),
+        )
+        stack.callback(self._link.close)
+        self._conductor = self._conductor_signer(genesis)
+        self._tick: Tick | None = None
+        self._report: Report | None = None
+        self._unsent: deque[bytes] = deque()
+        self._connections = 0
+        self._next_status_s = 0.0
+        self._busy = True
+
+    def _open_gateway(self, config: BrokerConfig, genesis: Genesis, stack: contextlib.ExitStack) -> Gateway | None:
+        host = config.ledger.host
+        if host is None:
+            return None
+        key = load_private_key(host.key_file)
+        engine = EmbeddedLedger(host.path, genesis, host.validator, key)
+        stack.callback(engine.close)
+        return Gateway(engine, self._topics, host.validator, key)
+
+    def _conductor_signer(self, genesis: Genesis) -> Signer | None:
+        if not self._simulated or genesis.conductor is None:
+            return None
+        return Signer(genesis.conductor.name, public_key_from_cose(genesis.conductor.key))
+
+    def _subscriptions(self) -> list[tuple[str, int]]:
+        filters = self._broker.subscriptions()
+        ledger = self._genesis.ledger
+        if self._gateway is None:
+            filters.append((self._topics.ledger_result(ledger, self._name), 1))
+            filters.append((self._topics.ledger_feed(ledger), 1))
+            filters.append((self._topics.ledger_checkpoint(ledger), 1))
+        else:
+            filters.append((self._topics.ledger_submit(ledger), 1))
+        if self._simulated:
+            filters.append((self._topics.time, 1))
+        return filters
+
+    def wake(self) -> None:
+        """Make a waiting `turn` return; for signal handlers."""
+        self._link.wake()
+
+    def turn(self) -> None:
+        """Wait for something to do, do it, commit, answer, acknowledge."""
+        incoming = self._link.poll(0.0 if self._busy else self._wait_s())
+        now_s = time.monotonic()
+        if self._store.changed_by_others():
+            self._broker.registrations_changed()
+        self._store.begin()
+        answers: list[Outgoing] = []
+        if self._link.connections != self._connections:
+            self._connections = self._link.connections
+            self._on_connect(now_s, answers)
+        if not self._simulated:
+            self._broker.set_time(int(time.time()))
+        for message in incoming:
+            self._take(message, answers)
+        self._take_ledger_events()
+        if self._resend_due(now_s):
+            self._broker.send_again(now_s)
+        self._broker.advance(now_s)
+        self._store.commit()
+        outputs: list[Publication] = []
+        self._broker.outputs.hand_over(outputs.append, self._unsent.append, LOG.warning)
+        submissions = self._submissions(now_s)
+        if outputs or answers or submissions:
+            # Before anything that this work causes can reach others: docs/architecture.md, simulated time.
+            self._publish_busy()
+        self._feed_ledger(submissions, answers)
+        self._publish(outputs, answers)
+        for message in incoming:
+            self._link.acknowledge(message)
+        self._busy = self._client.has_events
+        self._publish_report()
+        if now_s >= self._next_status_s:
+            self._publish_status(online=True)
+        self._link.flush()
+
+    def _wait_s(self) -> float:
+        resend_at_s = self._broker.next_resend_at_s()
+        if resend_at_s is None:
+            return LONGEST_WAIT_S
+        return min(LONGEST_WAIT_S, max(0.0, resend_at_s - time.monotonic()))
+
+    def _resend_due(self, now_s: float) -> bool:
+        resend_at_s = self._broker.next_resend_at_s()
+        return resend_at_s is not None and resend_at_s <= now_s
+
+    def _on_connect(self, now_s: float, answers: list[Outgoing]) -> None:
+        LOG.info("connected to MQTT")
+        self._broker.reconnected(now_s)
+        self._client.on_connect()
+        if self._gateway is not None:
+            answers.extend(self._gateway.start())
+        self._report = None
+        self._next_status_s = 0.0
+
+    def _take(self, message: Incoming, answers: list[Outgoing]) -> None:
+        levels = self._topics.split(message.topic)
+        match levels:
+            case ("time",):
+                self._take_tick(message.payload)
+            case ("ledger", _, "submit") if self._gateway is not None:
+                self._take_submission(message.payload, answers)
+            case ("ledger", _, "feed" | "checkpoint" as leaf) | ("ledger", _, "result" as leaf, _):
+                self._take_from_ledger(leaf, message.payload)
+            case _:
+                self._broker.take_message(levels, message.payload)
+
+    def _take_tick(self, payload: bytes) -> None:
+        if self._conductor is None:
+            return
+        conductor = self._conductor
+        try:
+            opened = open_envelope(
+                payload, self._genesis.ledger, lambda key_id: conductor if key_id == conductor.key.key_id else None
+            )
+        except ProtocolError as error:
+            LOG.warning("a tick is ignored: %s", error)
+            return
+        tick = opened.message
+        if isinstance(tick, Tick) and tick.stage is Stage.MARKET:
+            if tick == self._tick:
+                self._report = None  # Sent again, so whoever asks has not heard our report.
+            self._tick = tick
+            self._broker.set_time(tick.time_s)
+
+    def _take_submission(self, payload: bytes, answers: list[Outgoing]) -> None:
+        assert self._gateway is not None
+        try:
+            answers.extend(self._gateway.on_message(payload))
+        except ProtocolError as error:
+            LOG.warning("a message about the ledger is ignored: %s", error)
+
+    def _take_from_ledger(self, leaf: str, payload: bytes) -> None:
+        try:
+            self._client.on_message(leaf, payload)
+        except ProtocolError as error:
+            LOG.warning("a message about the ledger is ignored: %s", error)
+
+    def _take_ledger_events(self) -> None:
+        """Take in what the ledger client saw; how far it got is in the same commit as what came of it."""
+        seen = False
+        for event in self._client.events():
+            self._broker.take_event(event)
+            seen = seen or isinstance(event, BlockApplied)
+        if seen:
+            self._store.set_ledger_cursor(self._client.height, self._client.block_id)
+
+    def _submissions(self, now_s: float) -> list[bytes]:
+        """What is to be said to the ledger now: new batches, and what is overdue."""
+        while self._unsent:
+            try:
+                self._client.submit(self._unsent[0])
+            except TooManyPending:
+                break  # They are stored; the next turns submit them as answers come in.
+            self._unsent.popleft()
+        return self._client.tick(now_s)
+
+    def _feed_ledger(self, submissions: list[bytes], answers: list[Outgoing]) -> None:
+        """Submit; where the ledger is here, commit it and take its word in at once."""
+        if self._gateway is None:
+            topic = self._topics.ledger_submit(self._genesis.ledger)
+            for raw in submissions:
+                self._link.publish(topic, raw)
+            return
+        for raw in submissions:
+            self._take_submission(raw, answers)
+        answers.extend(self._gateway.commit())
+        for outgoing in self._own_answers(answers):
+            self._take_from_ledger(self._topics.split(outgoing.topic)[2], outgoing.payload)
+
+    def _own_answers(self, answers: list[Outgoing]) -> Iterator[Outgoing]:
+        """What the ledger here says to everyone or to this broker."""
+        own = self._topics.ledger_result(self._genesis.ledger, self._name)
+        prefix = self._topics.ledger_result(self._genesis.ledger, "")
+        for outgoing in answers:
+            if outgoing.topic == own or not outgoing.topic.startswith(prefix):
+                yield outgoing
+
+    def _publish(self, outputs: list[Publication], answers: list[Outgoing]) -> None:
+        own = self._topics.ledger_result(self._genesis.ledger, self._name)
+        for outgoing in answers:
+            if outgoing.topic != own:
+                self._link.publish(outgoing.topic, outgoing.payload, qos=outgoing.qos, retain=outgoing.retain)
+        for publication in outputs:
+            self._link.publish(publication.topic, publication.payload, qos=publication.qos, retain=publication.retain)
+
+    # Simulated time
+
+    def _publish_busy(self) -> None:
+        if self._tick is not None and (self._report is None or self._report.idle):
+            self._send_report(idle=False)
+
+    def _publish_report(self) -> None:
+        """Tell the conductor where this broker stands, if it has changed."""
+        if self._tick is None:
+            return
+        idle = self._broker.idle and not self._busy and not self._unsent
+        self._send_report(idle=idle)
+
+    def _send_report(self, *, idle: bool) -> None:
+        tick = self._tick
+        if tick is None:
+            return
+        report = Report(self._name, tick.time_s, tick.stage, idle, self._broker.next_wake_s(), self._client.height)
+        if report != self._report and self._link.connected:
+            self._link.publish(self._topics.report(self._name), report.to_bytes(), retain=True)
+            self._report = report
+
+    # Status
+
+    def _publish_status(self, *, online: bool) -> None:
+        status = BrokerStatus(self._name, online, self._broker.market_time_s or 0, version("dengen"))
+        self._link.publish(self._topics.broker_status(self._name), self._identity.seal(status), retain=True)
+        self._next_status_s = time.monotonic() + STATUS_EVERY_S
+
+    def say_goodbye(self) -> None:
+        """Before a proper stop: the retained status says that this broker is away."""
+        self._publish_status(online=False)
+        self._link.flush()
