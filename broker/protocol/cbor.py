@@ -6,7 +6,6 @@ non-minimal integers, indefinite lengths, duplicate keys and trailing bytes. Key
 called by the message decoder for each map it reads.
 """
 
-import inspect
 from collections.abc import Iterable
 from typing import Any, Final
 
@@ -15,9 +14,21 @@ import cbor2
 from broker.protocol.errors import MalformedMessage
 from broker.protocol.limits import MAX_NESTING
 
-# cbor2 before 6 (still what armv7 machines get) has no max_depth; there the size limits bound the nesting, and the
-# interpreter's own recursion limit turns the rest into RecursionError, which is caught below.
-_DEPTH: Final[dict[str, Any]] = {"max_depth": MAX_NESTING} if "max_depth" in str(inspect.signature(cbor2.loads)) else {}
+
+def _depth_option() -> dict[str, Any]:
+    """How this cbor2 is told the deepest nesting; probed, because its compiled functions have no readable signature.
+
+    cbor2 before 6 (still what armv7 machines get) has no such option. There the size limits bound the nesting, and the
+    interpreter's own recursion limit turns the rest into RecursionError, which `decode` catches.
+    """
+    try:
+        cbor2.loads(b"\x00", max_depth=MAX_NESTING)
+    except TypeError:
+        return {}
+    return {"max_depth": MAX_NESTING}
+
+
+_DEPTH: Final = _depth_option()
 
 
 def encode(value: Any) -> bytes:
@@ -36,7 +47,8 @@ def decode(raw: bytes, where: str, max_bytes: int) -> Any:
     try:
         value = cbor2.loads(raw, **_DEPTH)
         same = cbor2.dumps(value) == raw
-    except (cbor2.CBORError, RecursionError, ValueError, TypeError, OverflowError, MemoryError) as error:
+    # ArithmeticError: older versions turn tagged decimals into numbers while they read.
+    except (cbor2.CBORError, RecursionError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
         raise MalformedMessage(where, f"well-formed CBOR ({type(error).__name__})") from error
     if not same:
         raise MalformedMessage(where, "deterministic CBOR (minimal lengths, no duplicate keys, no trailing bytes)")
@@ -61,3 +73,22 @@ def byte_string_head(length: int) -> bytes:
     if length < 0x10000:
         return b"\x59" + length.to_bytes(2, "big")
     return b"\x5a" + length.to_bytes(4, "big")
+
+
+def read_byte_string(raw: bytes, at: int, where: str) -> tuple[bytes, int]:
+    """The byte string whose encoding begins at `at`, and the position after it.
+
+    Raises MalformedMessage unless it is a definite-length byte string with the shortest head that ends within `raw`.
+    """
+    first = raw[at] if at < len(raw) else None
+    if first is None or not 0x40 <= first <= 0x5A:
+        raise MalformedMessage(where, "a byte string of definite length")
+    start, length = at + 1, first - 0x40
+    if first >= 0x58:
+        # The length follows in 1, 2 or 4 bytes (RFC 8949 section 3).
+        start += 1 << (first - 0x58)
+        length = int.from_bytes(raw[at + 1 : start], "big")
+    end = start + length
+    if end > len(raw) or raw[at:start] != byte_string_head(length):
+        raise MalformedMessage(where, "a whole byte string behind the shortest head")
+    return raw[start:end], end

@@ -15,8 +15,6 @@ from functools import lru_cache
 from hashlib import sha256
 from typing import Final
 
-import cbor2
-
 from broker.protocol import cbor
 from broker.protocol.errors import BadSignature, MalformedMessage, UnknownKey
 from broker.protocol.keys import KEY_ID_BYTES, SIGNATURE_BYTES, Algorithm, PrivateKey, PublicKey
@@ -98,34 +96,16 @@ def parse(raw: bytes) -> Envelope:
         raise MalformedMessage("envelope", f"at most {_LARGEST} bytes, got {len(raw)}")
     if raw[:2] != _HEAD:
         raise MalformedMessage("envelope", "a tagged COSE_Sign1")
-    try:
-        # Without the tag, because cbor2 freezes what stands inside one.
-        parts = cbor2.loads(raw[1:])
-    except (cbor2.CBORError, RecursionError, ValueError, TypeError, OverflowError, MemoryError) as error:
-        raise MalformedMessage("envelope", f"well-formed CBOR ({type(error).__name__})") from error
-    protected, unprotected, payload, signature = parts
-    if (
-        type(protected) is not bytes
-        or unprotected != {}
-        or type(payload) is not bytes
-        or type(signature) is not bytes
-        or len(signature) != SIGNATURE_BYTES
-    ):
-        raise MalformedMessage("envelope", "[protected, {}, payload, 64-byte signature]")
-    rebuilt = b"".join(
-        (
-            _HEAD,
-            cbor.byte_string_head(len(protected)),
-            protected,
-            _EMPTY_MAP,
-            cbor.byte_string_head(len(payload)),
-            payload,
-            _SIGNATURE_HEAD,
-            signature,
-        )
-    )
-    if rebuilt != raw:
-        raise MalformedMessage("envelope", "deterministic CBOR without trailing bytes")
+    # Read by hand: there is one valid encoding only, and a stranger's bytes build no objects before they are verified.
+    protected, at = cbor.read_byte_string(raw, len(_HEAD), "envelope protected header")
+    if raw[at : at + 1] != _EMPTY_MAP:
+        raise MalformedMessage("envelope unprotected header", "an empty map")
+    payload, at = cbor.read_byte_string(raw, at + 1, "envelope payload")
+    signature, at = cbor.read_byte_string(raw, at, "envelope signature")
+    if len(signature) != SIGNATURE_BYTES:
+        raise MalformedMessage("envelope signature", f"{SIGNATURE_BYTES} bytes")
+    if at != len(raw):
+        raise MalformedMessage("envelope", "no trailing bytes")
     message_type, algorithm, key_id = _read_protected(protected)
     limit = MESSAGE_CLASSES[message_type].MAX_BYTES
     if len(raw) > limit:
@@ -180,6 +160,9 @@ def _read_protected(protected: bytes) -> tuple[MessageType, Algorithm, bytes]:
         raise MalformedMessage("protected header", "a known algorithm and message type") from error
     if type(header[4]) is not bytes or len(header[4]) != KEY_ID_BYTES:
         raise MalformedMessage("protected header", f"a key id of {KEY_ID_BYTES} bytes")
+    # In Python True and 1.0 equal 1, so only the bytes themselves say that no other type stood in for an integer.
+    if protected != _protected_header(message_type, algorithm, header[4]):
+        raise MalformedMessage("protected header", "integers for algorithm, labels and type")
     return message_type, algorithm, header[4]
 
 

@@ -90,21 +90,24 @@ def generate_private_key(algorithm: Algorithm = Algorithm.ED25519) -> PrivateKey
 def public_key_from_cose(cose_key: bytes) -> PublicKey:
     """Read a COSE_Key: OKP/Ed25519 {1: 1, -1: 6, -2: x} or EC2/P-256 {1: 2, -1: 1, -2: x, -3: y}.
 
-    Raises MalformedMessage for any other key or encoding. Cached, because loading a key costs about as much as using it.
+    Raises MalformedMessage for any other key or encoding. Cached: loading a key costs about as much as using it.
     """
     value = cbor.decode(cose_key, "COSE_Key", _MAX_COSE_KEY_BYTES)
     if not isinstance(value, dict):
         raise MalformedMessage("COSE_Key", "a map")
+    public = None
     try:
-        if list(value) == [1, -1, -2] and value[1] == 1 and value[-1] == 6:
-            return _public(ed25519.Ed25519PublicKey.from_public_bytes(value[-2]))
-        if list(value) == [1, -1, -2, -3] and value[1] == 2 and value[-1] == 1:
-            x, y = value[-2], value[-3]
-            if isinstance(x, bytes) and isinstance(y, bytes) and len(x) == len(y) == 32:
-                return _public(ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), b"\x04" + x + y))
+        if list(value) == [1, -1, -2]:
+            public = _public(ed25519.Ed25519PublicKey.from_public_bytes(value[-2]))
+        elif list(value) == [1, -1, -2, -3] and type(value[-2]) is type(value[-3]) is bytes:
+            point = b"\x04" + value[-2] + value[-3]
+            public = _public(ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), point))
     except (ValueError, TypeError) as error:
         raise MalformedMessage("COSE_Key", "a point of its curve") from error
-    raise MalformedMessage("COSE_Key", "an Ed25519 or P-256 public key")
+    # Key type and curve are compared with the rest, as bytes: in Python True and 1.0 equal 1 as well.
+    if public is None or public.cose_key != cose_key:
+        raise MalformedMessage("COSE_Key", "an Ed25519 or P-256 public key")
+    return public
 
 
 def save_private_key(path: Path, key: PrivateKey) -> None:

@@ -1,4 +1,4 @@
-"""Every limit of the wire in one place, each with its reason. A message over its limit is refused before it is parsed."""
+"""Every limit of the wire in one place, each with its reason. What is over its limit is refused before it is parsed."""
 
 from typing import Final
 

@@ -20,7 +20,7 @@ class MarketCalendar:
     """How market time runs on one ledger: fixed in its genesis.
 
     `gate_1_s` and `gate_2_s` count from the end of an interval; gate 2 comes no later than the end of the next
-    interval, so intervals are cleared one after the other and a consumer's history is complete when the next is decided.
+    interval, so intervals are cleared one after the other and a consumer's history is whole when the next is decided.
     """
 
     interval_s: int

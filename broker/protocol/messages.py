@@ -313,7 +313,7 @@ class Order(Message):
 
 @dataclass(frozen=True, slots=True)
 class OrderAnswer(Message):
-    """The neighbour's answer. DONE is a hint: the asker believes only the ledger. `energy_wh` may be less than asked."""
+    """The neighbour's answer. DONE is a hint: the asker believes the ledger. `energy_wh` may be less than asked."""
 
     order_id: bytes
     status: AnswerStatus
