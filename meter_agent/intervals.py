@@ -106,8 +106,8 @@ class MeterState:
     """Everything that is carried from sample to sample. A new meter starts with `MeterState()`.
 
     `boundary` is the end of the last sealed interval, None until a first boundary was passed since the start or since
-    counting started anew. No interval before `sealed_until_s` is sealed (again). `flat_wus` is the meter's own power in W × µs since
-    its register last moved.
+    counting started anew. No interval before `sealed_until_s` is sealed (again). `flat_wus` is the meter's own power
+    in W × µs since its register last moved.
     """
 
     anchor: Anchor | None = None
@@ -120,7 +120,7 @@ class MeterState:
 
 @dataclass(frozen=True, slots=True)
 class SealedInterval:
-    """A finished interval. `sampled_s`: when the first and last sample it rests on were taken, if not at its boundaries."""
+    """A finished interval. `sampled_s`: when its first and last sample were taken, if not at its boundaries."""
 
     start_s: int
     end_s: int

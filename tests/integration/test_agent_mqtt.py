@@ -1,0 +1,412 @@
+"""The agent on a real mosquitto: a small broker in the test answers receipts, a stub in place of a meter is read.
+
+What is shown: intervals arrive signed and once, nothing is forgotten when broker, server or agent go away, a resend is
+the same bytes, and simulated time waits for the agent's receipts.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from dengen_testing.mosquitto import Mosquitto
+from dengen_testing.waiting import wait_until
+
+from broker.protocol.envelope import Signer, open_envelope, seal
+from broker.protocol.keys import PrivateKey, generate_private_key, save_private_key
+from broker.protocol.messages import (
+    Delivery,
+    DeliveryState,
+    Demand,
+    Message,
+    MeterStatus,
+    MeterValue,
+    Quality,
+    Reading,
+    Receipt,
+    ReceiptStatus,
+    Report,
+    Stage,
+    Tick,
+)
+from broker.protocol.mqtt_link import MqttConfig, MqttLink
+from broker.protocol.topics import Topics
+from meter_agent.clock import AgentClock, ConductorClock
+from meter_agent.config import AgentConfig, AgentSettings, MeterConfig, P1Config, PartyKey
+from meter_agent.journal import JournalView
+from meter_agent.outbox import OutboxState, Pace
+from meter_agent.readings import MeterReader, ReadFailure, Sample
+from meter_agent.service import Agent
+
+pytestmark = pytest.mark.integration
+
+LEDGER = "demo"
+T0 = 1_700_000_000 // 1800 * 1800
+BROKER_KEY = generate_private_key()
+CONDUCTOR_KEY = generate_private_key()
+TOPICS = Topics()
+
+Policy = Callable[[MeterValue], ReceiptStatus | None]
+
+
+def accept(_value: MeterValue) -> ReceiptStatus:
+    return ReceiptStatus.ACCEPTED
+
+
+def say_nothing(_value: MeterValue) -> None:
+    return None
+
+
+@dataclass
+class FakeBroker:
+    """Collects what agents say, answers receipts by its policy, and can speak as the conductor."""
+
+    mqtt: MqttConfig
+    meter_keys: dict[str, PrivateKey]
+    policy: Policy = accept
+    raw: list[bytes] = field(default_factory=list)
+    values: list[MeterValue] = field(default_factory=list)
+    statuses: list[MeterStatus] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)
+    reports: list[Report] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        subscriptions = [(TOPICS.meter("east", "+", "+"), 1), (TOPICS.report("+"), 1)]
+        self._link = MqttLink(self.mqtt, "east", subscriptions)
+        self._stop = threading.Event()
+        self._outgoing: list[tuple[str, bytes, bool]] = []
+        self._thread = threading.Thread(target=self._work)
+        self._thread.start()
+
+    def tick(self, time_s: int, key: PrivateKey = CONDUCTOR_KEY) -> None:
+        self._send(TOPICS.time, seal(Tick(time_s, Stage.MARKET), key, LEDGER, "conductor"), retain=True)
+
+    def say(self, meter: str, leaf: str, message: Message, key: PrivateKey = BROKER_KEY) -> None:
+        self._send(TOPICS.meter("east", meter, leaf), seal(message, key, LEDGER, "east"))
+
+    def energies(self, meter: str = "house") -> dict[int, int]:
+        """Interval starts after T0 and their Wh, each interval once."""
+        return {value.start_s - T0: value.energy_wh for value in list(self.values) if value.meter == meter}
+
+    def close(self) -> None:
+        self._stop.set()
+        self._link.wake()
+        self._thread.join()
+        self._link.close()
+
+    def _send(self, topic: str, payload: bytes, retain: bool = False) -> None:
+        self._outgoing.append((topic, payload, retain))
+        self._link.wake()
+
+    def _work(self) -> None:
+        while not self._stop.is_set():
+            for incoming in self._link.poll(5.0):
+                self._take(incoming.topic, incoming.payload)
+                self._link.acknowledge(incoming)
+            while self._outgoing and self._link.connected:
+                topic, payload, retain = self._outgoing.pop(0)
+                self._link.publish(topic, payload, retain=retain)
+            self._link.flush()
+
+    def _take(self, topic: str, payload: bytes) -> None:
+        levels = TOPICS.split(topic)
+        if levels[0] == "time":
+            report = Report.from_bytes(payload)
+            self.reports.append(report)
+            self.log.append("idle" if report.idle else "busy")
+        elif levels[-1] in ("reading", "demand", "status"):
+            meter = levels[-2]
+            key = self.meter_keys[meter].public
+            opened = open_envelope(payload, LEDGER, lambda _key_id: Signer(meter, key))
+            message = opened.message
+            if isinstance(message, MeterStatus):
+                self.statuses.append(message)
+                return
+            assert isinstance(message, MeterValue)
+            assert levels[-1] == message.TYPE.name.lower()
+            self.raw.append(payload)
+            self.values.append(message)
+            self.log.append(f"value {message.start_s - T0}")
+            status = self.policy(message)
+            if status is not None:
+                reason = None if status is ReceiptStatus.ACCEPTED else "as the test says"
+                self.say(
+                    meter,
+                    "receipt",
+                    Receipt(meter, message.TYPE, message.start_s, message.revision, status, opened.message_id, reason),
+                )
+
+
+class StubReader:
+    """A meter that draws a constant power, read through the agent's clock; it can be unplugged."""
+
+    def __init__(self, name: str, clock: AgentClock, power_w: int = 1_000) -> None:
+        self._name = name
+        self._clock = clock
+        self._power_w = power_w
+        self.unplugged = False
+        self.closed = False
+
+    def sample(self) -> Sample:
+        if self.unplugged:
+            raise ReadFailure(self._name, "the serial port /dev/nowhere is missing; is the adapter plugged in?")
+        time_s = self._clock.time_s()
+        total_mwh = 10**9 + round((time_s - T0) * self._power_w * 1000 / 3600)
+        return Sample(self._clock.monotonic_s(), time_s, total_mwh, total_mwh)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FastClock:
+    """Calendar time that runs 6000 times as fast as real time: an interval takes 0.3 s."""
+
+    def __init__(self) -> None:
+        self._start_s = time.monotonic()
+
+    def monotonic_s(self) -> float:
+        return (time.monotonic() - self._start_s) * 6_000
+
+    def time_s(self) -> float:
+        return T0 - 300 + self.monotonic_s()
+
+    def trusted(self) -> bool:
+        return True
+
+
+class World:
+    """A folder with keys, a broker, and agents that can be started and ended on the same journal."""
+
+    def __init__(self, folder: Path, mqtt: MqttConfig, meters: dict[str, str]) -> None:
+        self.folder = folder
+        self.mqtt = mqtt
+        self.keys = {name: generate_private_key() for name in meters}
+        for name, key in self.keys.items():
+            save_private_key(folder / f"{name}.pem", key)
+        self.meters = meters
+        self.broker = FakeBroker(mqtt, self.keys)
+
+    def config(self, conductor: bool) -> AgentConfig:
+        meters = {
+            name: MeterConfig(
+                direction="generation" if direction == "generation" else "consumption",
+                key_file=self.folder / f"{name}.pem",
+                capacity_w=100_000,
+                reader=P1Config("p1", Path("/dev/null")),
+                sample_period_s=0.1,
+            )
+            for name, direction in self.meters.items()
+        }
+        settings = AgentSettings(
+            self.folder / "data",
+            PartyKey("east", BROKER_KEY.public.cose_key.hex()),
+            LEDGER,
+            clock="conductor" if conductor else "system",
+            conductor=PartyKey("conductor", CONDUCTOR_KEY.public.cose_key.hex()) if conductor else None,
+        )
+        return AgentConfig(settings, meters, self.mqtt)
+
+    @contextmanager
+    def agent(self, clock: AgentClock | None = None) -> Iterator[dict[str, StubReader]]:
+        """A running agent; yields its stub readers."""
+        conductor = clock is None
+        clock = clock or ConductorClock()
+        stubs = {name: StubReader(name, clock) for name in self.meters}
+        readers: dict[str, MeterReader] = dict(stubs)
+        agent = Agent(self.config(conductor), readers, clock, Pace(0.1, 1.0, 2.0))
+        thread = threading.Thread(target=agent.run)
+        thread.start()
+        try:
+            yield stubs
+        finally:
+            agent.stop()
+            thread.join(10)
+            assert not thread.is_alive()
+        assert all(stub.closed for stub in stubs.values())
+
+    def tick_and_settle(self, time_s: int) -> Report:
+        """Tick, and wait until the agent has reported everything done."""
+        self.broker.tick(time_s)
+        wait_until(lambda: self.settled(time_s), f"the agent to settle {time_s - T0}")
+        return self.broker.reports[-1]
+
+    def settled(self, time_s: int) -> bool:
+        reports = self.broker.reports
+        return bool(reports) and reports[-1].time_s == time_s and reports[-1].idle
+
+
+@pytest.fixture
+def world(tmp_path: Path, mosquitto: Mosquitto) -> Iterator[World]:
+    world = World(tmp_path, mosquitto.mqtt_config(), {"house": "consumption", "roof": "generation"})
+    yield world
+    world.broker.close()
+
+
+def test_in_simulated_time_each_boundary_is_sealed_sent_and_waited_for(world: World) -> None:
+    with world.agent():
+        first = world.tick_and_settle(T0)
+        assert (first.participant, first.next_wake_s) == ("house", T0 + 1800)
+        assert world.broker.values == []
+        for number in range(1, 6):
+            assert world.tick_and_settle(T0 + 1800 * number).next_wake_s == T0 + 1800 * (number + 1)
+    assert world.broker.energies("house") == {1800 * n: 500 for n in range(5)}
+    assert {type(v) for v in world.broker.values if v.meter == "house"} == {Demand}
+    assert {type(v) for v in world.broker.values if v.meter == "roof"} == {Reading}
+    assert {v.quality for v in world.broker.values} == {Quality.MEASURED}
+    # Busy is said before anything is sent, idle only after the receipts.
+    third = world.broker.log.index("value 3600")
+    assert world.broker.log[third - 1] == "busy"
+    assert world.broker.log[third : third + 3] == ["value 3600", "value 3600", "idle"]
+
+
+def test_a_tick_that_is_repeated_is_answered_again_and_sends_nothing(world: World) -> None:
+    with world.agent():
+        world.tick_and_settle(T0)
+        world.tick_and_settle(T0 + 1800)
+        reports, values = len(world.broker.reports), len(world.broker.values)
+        world.broker.tick(T0 + 1800)
+        wait_until(lambda: len(world.broker.reports) > reports, "the same report again")
+        assert world.broker.reports[-1] == world.broker.reports[reports - 1]
+        # Older ticks, and ticks that the conductor did not sign, are not time.
+        world.broker.tick(T0)
+        world.broker.tick(T0 + 36_000, key=BROKER_KEY)
+        assert world.tick_and_settle(T0 + 3600).next_wake_s == T0 + 5400
+        assert len(world.broker.values) == values + 2
+
+
+def test_without_receipts_the_agent_stays_busy_and_sends_the_same_bytes_again(world: World) -> None:
+    with world.agent():
+        world.tick_and_settle(T0)
+        world.broker.policy = say_nothing
+        world.broker.tick(T0 + 1800)
+        wait_until(lambda: len(world.broker.raw) >= 6, "two resends of two messages")
+        assert not world.settled(T0 + 1800)
+        assert len(set(world.broker.raw)) == 2
+        world.broker.policy = accept
+        wait_until(lambda: world.settled(T0 + 1800), "the receipts")
+
+
+def test_a_killed_server_costs_nothing(world: World, mosquitto: Mosquitto) -> None:
+    with world.agent():
+        world.tick_and_settle(T0)
+        world.broker.policy = say_nothing
+        world.broker.tick(T0 + 1800)
+        wait_until(lambda: len(world.broker.raw) >= 2, "the first sending")
+        mosquitto.kill()
+        world.broker.policy = accept
+        mosquitto.restart()
+        # The report is repeated on the new connection without a new tick.
+        wait_until(lambda: world.settled(T0 + 1800), "the agent to catch up")
+        world.tick_and_settle(T0 + 3600)
+    assert world.broker.energies() == {0: 500, 1800: 500}
+    assert len(set(world.broker.raw)) == 4
+
+
+def test_a_restarted_agent_sends_the_stored_bytes_and_goes_on_without_a_gap(world: World) -> None:
+    world.broker.policy = say_nothing
+    with world.agent():
+        world.tick_and_settle(T0)
+        world.broker.tick(T0 + 1800)
+        wait_until(lambda: len(world.broker.raw) >= 2, "the first sending")
+    before = set(world.broker.raw)
+    world.broker.policy = accept
+    with world.agent():
+        # The retained tick finds it.
+        wait_until(lambda: world.settled(T0 + 1800), "the restarted agent to settle")
+        assert set(world.broker.raw) == before
+        world.tick_and_settle(T0 + 3600)
+    assert world.broker.energies() == {0: 500, 1800: 500}
+
+
+@pytest.mark.parametrize(
+    ("status", "state"),
+    [(ReceiptStatus.CONFLICT, OutboxState.CONFLICT), (ReceiptStatus.REFUSED, OutboxState.REFUSED)],
+)
+def test_a_conflict_or_refusal_is_kept_on_record_and_not_sent_again(
+    world: World, status: ReceiptStatus, state: OutboxState
+) -> None:
+    world.broker.policy = lambda value: status if value.meter == "roof" else ReceiptStatus.ACCEPTED
+    with world.agent():
+        world.tick_and_settle(T0)
+        world.tick_and_settle(T0 + 1800)
+        world.broker.policy = accept
+        world.tick_and_settle(T0 + 3600)
+    with world.agent():
+        world.tick_and_settle(T0 + 5400)
+    assert [value.start_s - T0 for value in world.broker.values if value.meter == "roof"] == [0, 1800, 3600]
+    view = JournalView(world.folder / "data")
+    assert [record.state for record in view.intervals("roof", 9)] == [
+        OutboxState.ACCEPTED,
+        OutboxState.ACCEPTED,
+        state,
+    ]
+    assert {(meter, kind) for _, meter, kind, _ in view.events(9)} == {("roof", state.name.lower())}
+    view.close()
+
+
+def test_a_meter_that_cannot_be_read_is_reported_and_the_others_go_on(world: World) -> None:
+    with world.agent() as readers:
+        world.tick_and_settle(T0)
+        readers["roof"].unplugged = True
+        world.broker.tick(T0 + 1800)
+        wait_until(lambda: world.broker.energies("house") == {0: 500}, "the other meter's interval")
+        wait_until(
+            lambda: any(s.meter == "roof" and "/dev/nowhere" in (s.fault or "") for s in world.broker.statuses),
+            "a status with the fault",
+        )
+        assert not world.settled(T0 + 1800)
+        readers["roof"].unplugged = False
+        wait_until(lambda: world.settled(T0 + 1800), "the meter to answer again")
+        assert world.broker.energies("roof") == {0: 500}
+        wait_until(
+            lambda: [s.fault for s in world.broker.statuses if s.meter == "roof"][-1] is None, "a status without fault"
+        )
+
+
+def test_deliveries_are_kept_and_forged_messages_change_nothing(world: World) -> None:
+    delivery = Delivery("house", T0, T0 + 1800, 0, 500, 500, DeliveryState.FINAL, ())
+    with world.agent():
+        world.tick_and_settle(T0)
+        world.broker.say("house", "delivery", delivery, key=CONDUCTOR_KEY)
+        world.broker.say("house", "receipt", delivery)
+        world.broker.say("house", "delivery", delivery)
+        world.tick_and_settle(T0 + 1800)
+    view = JournalView(world.folder / "data")
+    kept = [
+        open_envelope(raw, LEDGER, lambda _: Signer("east", BROKER_KEY.public)) for raw in view.deliveries("house", 9)
+    ]
+    assert [opened.message for opened in kept] == [delivery]
+    assert [kind for _, _, kind, _ in view.events(9)] == ["bad-message", "bad-message"]
+    view.close()
+
+
+def test_on_a_running_clock_measuring_goes_on_without_a_server_and_catches_up(
+    world: World, mosquitto: Mosquitto
+) -> None:
+    clock = FastClock()
+    with world.agent(clock):
+        wait_until(lambda: any(s.online for s in world.broker.statuses), "the agent's status")
+        mosquitto.kill()
+        wait_until(lambda: clock.time_s() > T0 + 5 * 1800 + 600, "five intervals")
+        mosquitto.restart()
+        wait_until(lambda: set(world.broker.energies()) >= {1800 * n for n in range(5)}, "the intervals", limit_s=30)
+    last = max(world.broker.energies())
+    assert set(world.broker.energies()) == set(range(0, last + 1, 1800))
+    # A Wh less or more by interpolation between samples a few calendar minutes apart, but none lost in sum.
+    assert abs(sum(world.broker.energies().values()) - 500 * (last // 1800 + 1)) <= 1
+    wait_until(lambda: not world.broker.statuses[-1].online, "the last status to say offline")
+
+
+def test_the_server_says_offline_for_an_agent_that_vanished(world: World) -> None:
+    # The agent's process is this one, so its end is played by what the server knows: the will that was registered.
+    agent = Agent(world.config(True), {n: StubReader(n, ConductorClock()) for n in world.meters}, ConductorClock())
+    topic, payload = agent._will()
+    assert topic == TOPICS.meter("east", "house", "status")
+    opened = open_envelope(payload, LEDGER, lambda _: Signer("house", world.keys["house"].public))
+    assert isinstance(opened.message, MeterStatus)
+    assert not opened.message.online
+    agent._link.close()
+    agent._journal.close()
