@@ -8,6 +8,7 @@ import argparse
 import importlib.metadata
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -82,13 +83,15 @@ def _run(options: argparse.Namespace) -> int:
     clock: AgentClock = (
         SystemClock(config.agent.require_synchronised_clock) if config.agent.clock == "system" else ConductorClock()
     )
+    _check_mqtt_files(options.config, config)
     readers = _readers(options.config, config, clock)
     try:
         agent = Agent(config, readers, clock)
     except JournalError as error:
         return _fail(str(error), EXIT_FAILED)
     except OSError as error:
-        return _fail(f"{options.config}: mqtt: cannot read {error.filename}: {error.strerror}", EXIT_USAGE)
+        # What else can be wrong with certificates and keys: ssl says it as an OSError.
+        return _fail(f"{options.config}: mqtt: {error}; check ca_file, certificate_file and key_file", EXIT_USAGE)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: agent.stop())
     try:
@@ -125,10 +128,7 @@ def _check_config(options: argparse.Namespace) -> int:
     config = load_agent_config(options.config)
     for meter in config.meters.values():
         load_private_key(meter.key_file)
-    for key in ("password_file", "ca_file", "certificate_file", "key_file"):
-        path = getattr(config.mqtt, key)
-        if path is not None and not path.is_file():
-            raise ConfigError(options.config, f"mqtt.{key}", f"a file, and {path} is none")
+    _check_mqtt_files(options.config, config)
     _readers(options.config, config, SystemClock(require_synchronised=False))
     print(f"{options.config}: fine; {len(config.meters)} meter(s): {', '.join(config.meters)}")
     return EXIT_OK
@@ -180,6 +180,14 @@ def _readers(path: Path, config: AgentConfig, clock: "AgentClock") -> "dict[str,
         return create_readers(config.named_meters, clock)
     except WrongValue as error:
         raise ConfigError(path, error.key, error.expected) from error
+
+
+def _check_mqtt_files(path: Path, config: AgentConfig) -> None:
+    """Raises ConfigError for a file that the MQTT settings name and that cannot be read."""
+    for key in ("password_file", "ca_file", "certificate_file", "key_file"):
+        file = getattr(config.mqtt, key)
+        if file is not None and not os.access(file, os.R_OK):
+            raise ConfigError(path, f"mqtt.{key}", f"a file that this user can read, and {file} is none")
 
 
 def _sample_json(name: str, sample: "Sample") -> str:

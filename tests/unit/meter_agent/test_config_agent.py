@@ -9,6 +9,7 @@ import firmware_config
 from broker.protocol.keys import generate_private_key
 from firmware_config.loader import ConfigError, build
 from meter_agent.config import AgentConfig, ModbusRtuConfig, ModbusTcpConfig, P1Config, load_agent_config
+from meter_agent.profiles import profile_names
 
 KEY = generate_private_key().public.cose_key.hex()
 
@@ -27,6 +28,9 @@ def test_the_example_shows_every_reader_and_loads() -> None:
     assert [type(reader) for reader in readers] == [P1Config, ModbusTcpConfig, ModbusRtuConfig]
     assert config.meters["roof"].register_name == "export"
     assert config.meters["workshop"].register_name == "import"
+    for reader in readers:
+        if not isinstance(reader, P1Config):
+            assert reader.profile in profile_names()
     assert config.agent.data_dir == example.parent / "data"
 
 
