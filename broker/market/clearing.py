@@ -20,7 +20,7 @@ wants, ties by meter name. Hence the order of the input changes nothing, and spl
 gains nothing but a rounded Wh.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -199,25 +199,21 @@ class _Board:
         In rounds, because what one line cannot get falls to the demand's other lines. A round that leaves a claim open
         has used up a source, so there are at most as many rounds as sources, and one more.
         """
-        room_wh = {
-            demand: self._room_below_plain_share(demand) for demand in self.in_name_order if self.rest_wh[demand]
-        }
         lacking = True
         while lacking:
             supplied = self._supplied_targets()
             claims: _Claims = {}
-            for demand, room in room_wh.items():
-                lines = self.demands[demand].contract.lines
-                wants = [
-                    line_room_wh if line.target in supplied else 0
-                    for line, line_room_wh in zip(lines, room, strict=True)
-                ]
+            for demand in self.in_name_order:
+                if not self.rest_wh[demand]:
+                    continue
+                wants = self._room_below_plain_share(demand, supplied)
                 if sum(wants) > self.rest_wh[demand]:
                     wants = apportion(self.rest_wh[demand], wants)
+                lines = self.demands[demand].contract.lines
                 for index, want_wh in enumerate(wants):
                     if want_wh:
                         claims.setdefault(lines[index].target, []).append((demand, index, want_wh))
-            lacking = bool(self._serve(claims, room_wh))
+            lacking = bool(self._serve(claims))
 
     def substitute(self) -> None:
         """Point 4: apply the shortage choices to the rests."""
@@ -246,13 +242,8 @@ class _Board:
             {group: lacking[group] for group in _GROUPS if group in lacking},
         )
 
-    def _serve(
-        self, claims: _Claims, room_wh: Mapping[int, list[int]] | None = None
-    ) -> dict[Source | SourceGroup, int]:
-        """Serve claims on single sources, then on groups; says what each target lacks, where it lacks anything.
-
-        With `room_wh` (by demand and line), what is given is taken off there too.
-        """
+    def _serve(self, claims: _Claims) -> dict[Source | SourceGroup, int]:
+        """Serve claims on single sources, then on groups; says what each target lacks, where it lacks anything."""
         lacking: dict[Source | SourceGroup, int] = {}
         for target in (*Source, *_GROUPS):
             waiting = claims.get(target, [])
@@ -262,14 +253,12 @@ class _Board:
             else:
                 sources = [target]
             for source in sources:
-                waiting = self._serve_from(source, waiting, room_wh)
+                waiting = self._serve_from(source, waiting)
             if waiting:
                 lacking[target] = sum([want_wh for _, _, want_wh in waiting])
         return lacking
 
-    def _serve_from(
-        self, source: Source, claims: list[_Claim], room_wh: Mapping[int, list[int]] | None
-    ) -> list[_Claim]:
+    def _serve_from(self, source: Source, claims: list[_Claim]) -> list[_Claim]:
         """Give out what is left of `source`, pro rata if it is not enough; returns the claims that remain."""
         stock_wh = self.left[source]
         if not claims or not stock_wh:
@@ -291,20 +280,22 @@ class _Board:
                     line = self.demands[demand].contract.line_for(source)
                 self.given[demand].append((line, source, share_wh))
                 self.rest_wh[demand] -= share_wh
-                if room_wh is not None:
-                    room_wh[demand][line] -= share_wh
         return remaining
 
-    def _room_below_plain_share(self, demand: int) -> list[int]:
-        """Per line, how many Wh it is below its plain share of this demand."""
+    def _room_below_plain_share(self, demand: int, supplied: Container[Source | SourceGroup]) -> list[int]:
+        """Per line, how many Wh it is below its plain share of this demand; zero where there is nothing left for it."""
         open_demand = self.demands[demand]
-        room = list(plain_shares(open_demand.contract.shares_ppm, open_demand.energy_wh))
+        contract = open_demand.contract
+        room = list(plain_shares(contract.shares_ppm, open_demand.energy_wh))
         for taken in open_demand.taken:
             if taken.line != NO_LINE:
                 room[taken.line] -= taken.energy_wh
         for line, _, energy_wh in self.given[demand]:
             room[line] -= energy_wh
-        return [max(0, line_room_wh) for line_room_wh in room]
+        return [
+            room_wh if room_wh > 0 and line.target in supplied else 0
+            for line, room_wh in zip(contract.lines, room, strict=True)
+        ]
 
     def _supplied_targets(self) -> set[Source | SourceGroup]:
         """The sources, and the groups with a source, of which anything is left."""

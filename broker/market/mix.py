@@ -11,7 +11,7 @@ then furthest behind, the earlier one in the contract if two are level. So every
 short of before is caught up. docs/market.md has worked tables.
 
 The missing Wh do not go to the largest remainder of d * w_l / W, which looks simpler: every small line that was ahead
-by a rounded-up Wh takes its Wh from the large line, those debts add up, and with eleven lines some stand 5 Wh off their
+by a rounded-up Wh takes its Wh from the large line, those debts add up, and with eleven lines some stand 4 Wh off their
 share within a day. Going to whoever is behind, no line was ever found 1.5 Wh off while supply is ample.
 
 W is at least 1 000 000 * d, because the shares add up to 1 000 000 and the h_l to at most H. So the weights are all

@@ -8,8 +8,8 @@ delivers to its consumers: the third. Messages get lost and come twice, and eith
 - Both sides store what they are about to send before they send it, and send the same bytes again. An order's id is a
   hash of what it is for, so a requester that is restarted asks with the same id and cannot order twice.
 - The supplier answers an order that comes again as it answered before (`supplier_answer`), or not yet.
-- The requester asks another neighbour for the same Wh only after a refusal or a void (`still_coming_wh`): an order that
-  is merely unanswered may still be served.
+- The requester asks another neighbour for the same Wh only after a refusal or a void: an order that is merely
+  unanswered (ASKED) may still be served.
 - An order ends on the ledger, by the requester's void of it or close of the interval. After that the ledger refuses
   transfers under it, so both sides know from the feed alone, and in the same order, whether it was served.
 
@@ -18,7 +18,7 @@ What a peer can send is in the table for every state, so no message of a peer ca
 happen while this broker and the ledger follow the rules: it raises IllegalTransition, with nothing changed.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from hashlib import sha256
@@ -165,11 +165,6 @@ def supplier_answer(state: SupplierState) -> AnswerStatus | None:
             return AnswerStatus.REFUSED
         case SupplierState.RECEIVED | SupplierState.SUBMITTED:
             return None
-
-
-def still_coming_wh(orders: Iterable[tuple[RequesterState, int]]) -> int:
-    """Wh (of one source) that must not be asked of anyone else: those of orders that may still be served."""
-    return sum([energy_wh for state, energy_wh in orders if state is RequesterState.ASKED])
 
 
 def order_id_for(requester: str, source: Source, start_s: int, round_number: int, neighbour: str) -> bytes:

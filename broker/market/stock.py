@@ -179,6 +179,19 @@ class Stock:
         for piece in slices:
             self.add(piece)
 
+    def holds(self, asset: AssetKey, from_wh: int, to_wh: int) -> bool:
+        """True if all of these Wh of this asset are in stock."""
+        for shelf in self._shelves.get(asset[2], {}).values():
+            pieces = shelf.by_asset.get(asset, [])
+            inside = [min(piece.to_wh, to_wh) - max(piece.from_wh, from_wh) for piece in pieces]
+            if pieces:
+                return sum([energy_wh for energy_wh in inside if energy_wh > 0]) == to_wh - from_wh
+        return False
+
+    def drop_all(self) -> None:
+        """Forget everything, before the ledger's holdings are put in anew."""
+        self._shelves.clear()
+
     def drop_before(self, start_s: int) -> None:
         """Forget all intervals that start before `start_s`: what is left of them expires on the ledger by rule."""
         for old_s in [old_s for old_s in self._shelves if old_s < start_s]:

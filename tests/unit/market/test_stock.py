@@ -1,0 +1,168 @@
+"""Stock: what is taken, in which order, and that stocks with the same Wh behave the same."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from broker.market.stock import AssetKey, HeldSlice, Stock, StockError
+from broker.protocol.market_time import Interval
+from broker.protocol.sources import Source
+
+FIRST, SECOND = Interval(0, 1_800), Interval(1_800, 3_600)
+ROOF: AssetKey = ("roof", 0, 0, 0)
+MILL: AssetKey = ("mill", 0, 0, 0)
+
+
+def piece(
+    asset: AssetKey, from_wh: int, to_wh: int, price: int = 10, source: Source = Source.SOLAR, of: Interval = FIRST
+) -> HeldSlice:
+    return HeldSlice(asset, source, of.start_s, of.end_s, from_wh, to_wh, price)
+
+
+def stock_of(*pieces: HeldSlice) -> Stock:
+    stock = Stock()
+    stock.give_back(pieces)
+    return stock
+
+
+def test_stock_is_counted_by_interval_and_by_source() -> None:
+    later: AssetKey = ("roof", 0, SECOND.start_s, 0)
+    stock = stock_of(
+        piece(ROOF, 0, 100),
+        piece(MILL, 50, 90, source=Source.WIND),
+        piece(later, 0, 7, of=SECOND),
+    )
+    assert stock.available(FIRST) == {Source.SOLAR: 100, Source.WIND: 40}
+    assert stock.available(SECOND) == {Source.SOLAR: 7}
+    assert stock.available(Interval(3_600, 5_400)) == {}
+    assert stock.by_source() == {Source.SOLAR: 107, Source.WIND: 40}
+
+
+def test_taking_goes_by_device_then_revision_then_range_and_splits_the_last_slice() -> None:
+    corrected: AssetKey = ("mill", 0, 0, 1)
+    stock = stock_of(piece(ROOF, 0, 100), piece(corrected, 30, 40), piece(MILL, 20, 30), piece(MILL, 0, 10))
+    assert stock.take(Source.SOLAR, 0, 35) == [
+        piece(MILL, 0, 10),
+        piece(MILL, 20, 30),
+        piece(corrected, 30, 40),
+        piece(ROOF, 0, 5),
+    ]
+    assert stock.take(Source.SOLAR, 0, 95) == [piece(ROOF, 5, 100)]
+    assert stock.available(FIRST) == {}
+
+
+def test_taking_nothing_gives_nothing() -> None:
+    assert Stock().take(Source.SOLAR, 0, 0) == []
+    assert stock_of(piece(ROOF, 0, 1)).take(Source.SOLAR, 0, 0) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "start_s", "energy_wh"),
+    [(Source.SOLAR, 0, 101), (Source.WIND, 0, 1), (Source.SOLAR, 1_800, 1), (Source.SOLAR, 0, -1)],
+)
+def test_taking_more_than_there_is_takes_nothing(source: Source, start_s: int, energy_wh: int) -> None:
+    stock = stock_of(piece(ROOF, 0, 100))
+    with pytest.raises(StockError, match="rebuild the stock"):
+        stock.take(source, start_s, energy_wh)
+    assert stock.available(FIRST) == {Source.SOLAR: 100}
+
+
+def test_given_back_slices_are_taken_again_first_and_whole() -> None:
+    stock = stock_of(piece(ROOF, 0, 100))
+    stock.give_back(stock.take(Source.SOLAR, 0, 30))
+    assert stock.take(Source.SOLAR, 0, 60) == [piece(ROOF, 0, 60)]
+
+
+def test_slices_of_different_prices_stay_apart() -> None:
+    stock = stock_of(piece(ROOF, 0, 10, price=1), piece(ROOF, 10, 20, price=2))
+    assert stock.take(Source.SOLAR, 0, 15) == [piece(ROOF, 0, 10, price=1), piece(ROOF, 10, 15, price=2)]
+
+
+def test_removing_cuts_a_range_out_of_the_middle() -> None:
+    stock = stock_of(piece(ROOF, 0, 50), piece(ROOF, 50, 100, price=11))
+    stock.remove(ROOF, 40, 60)
+    assert stock.available(FIRST) == {Source.SOLAR: 80}
+    assert stock.take(Source.SOLAR, 0, 80) == [piece(ROOF, 0, 40), piece(ROOF, 60, 100, price=11)]
+
+
+@pytest.mark.parametrize(
+    ("asset", "from_wh", "to_wh"),
+    [(ROOF, 90, 101), (ROOF, 40, 60), (MILL, 0, 1), (("roof", 0, 1_800, 0), 0, 1), (ROOF, 5, 5), (ROOF, -1, 5)],
+)
+def test_removing_what_is_not_all_held_removes_nothing(asset: AssetKey, from_wh: int, to_wh: int) -> None:
+    stock = stock_of(piece(ROOF, 0, 50), piece(ROOF, 55, 100))
+    with pytest.raises(StockError):
+        stock.remove(asset, from_wh, to_wh)
+    assert stock.take(Source.SOLAR, 0, 95) == [piece(ROOF, 0, 50), piece(ROOF, 55, 100)]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        piece(ROOF, 0, 100),
+        piece(ROOF, 99, 100),
+        piece(ROOF, 0, 1),
+        piece(ROOF, 50, 150),
+        piece(ROOF, 200, 200),
+        piece(ROOF, -5, 0),
+        piece(ROOF, 200, 300, of=SECOND),
+    ],
+)
+def test_adding_what_is_held_already_or_makes_no_sense_changes_nothing(wrong: HeldSlice) -> None:
+    stock = stock_of(piece(ROOF, 0, 100))
+    with pytest.raises(StockError):
+        stock.add(wrong)
+    assert stock.by_source() == {Source.SOLAR: 100}
+    assert stock.take(Source.SOLAR, 0, 100) == [piece(ROOF, 0, 100)]
+
+
+def test_old_intervals_are_dropped() -> None:
+    later: AssetKey = ("roof", 0, SECOND.start_s, 0)
+    stock = stock_of(piece(ROOF, 0, 100), piece(later, 0, 7, of=SECOND))
+    stock.drop_before(SECOND.start_s)
+    assert stock.by_source() == {Source.SOLAR: 7}
+
+
+ASSETS: tuple[AssetKey, ...] = (ROOF, MILL, ("mill", 0, 0, 1))
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["add", "take", "back", "remove"]), st.randoms(use_true_random=False))))
+def test_stock_agrees_with_a_set_of_single_wh_and_forgets_how_it_came_about(
+    steps: list[tuple[str, random.Random]],
+) -> None:
+    stock = Stock()
+    held: set[tuple[AssetKey, int]] = set()
+    taken: list[HeldSlice] = []
+
+    def wh_of(pieces: list[HeldSlice]) -> list[tuple[AssetKey, int]]:
+        return [(one.asset, wh) for one in pieces for wh in range(one.from_wh, one.to_wh)]
+
+    for step, chooser in steps:
+        asset, from_wh = chooser.choice(ASSETS), chooser.randrange(20)
+        to_wh = from_wh + chooser.randint(1, 10)
+        wanted = {(asset, wh) for wh in range(from_wh, to_wh)}
+        if step == "add" and not wanted & (held | set(wh_of(taken))):
+            stock.add(piece(asset, from_wh, to_wh))
+            held |= wanted
+        elif step == "take":
+            pieces = stock.take(Source.SOLAR, 0, chooser.randint(0, len(held)))
+            assert wh_of(pieces) == sorted(held)[: len(wh_of(pieces))]
+            held -= set(wh_of(pieces))
+            taken.extend(pieces)
+        elif step == "back" and taken:
+            back = taken.pop(chooser.randrange(len(taken)))
+            stock.give_back([back])
+            held |= set(wh_of([back]))
+        elif step == "remove" and wanted <= held:
+            stock.remove(asset, from_wh, to_wh)
+            held -= wanted
+        assert stock.by_source().get(Source.SOLAR, 0) == len(held)
+
+    rebuilt = Stock()
+    for asset, wh in sorted(held, reverse=True):
+        rebuilt.add(piece(asset, wh, wh + 1))
+    for energy_wh in (len(held) // 3, len(held) - len(held) // 3):
+        assert stock.take(Source.SOLAR, 0, energy_wh) == rebuilt.take(Source.SOLAR, 0, energy_wh)
