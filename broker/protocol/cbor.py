@@ -7,28 +7,12 @@ called by the message decoder for each map it reads.
 """
 
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Any
 
 import cbor2
 
 from broker.protocol.errors import MalformedMessage
 from broker.protocol.limits import MAX_NESTING
-
-
-def _depth_option() -> dict[str, Any]:
-    """How this cbor2 is told the deepest nesting; probed, because its compiled functions have no readable signature.
-
-    cbor2 before 6 (still what armv7 machines get) has no such option. There the size limits bound the nesting, and the
-    interpreter's own recursion limit turns the rest into RecursionError, which `decode` catches.
-    """
-    try:
-        cbor2.loads(b"\x00", max_depth=MAX_NESTING)
-    except TypeError:
-        return {}
-    return {"max_depth": MAX_NESTING}
-
-
-_DEPTH: Final = _depth_option()
 
 
 def encode(value: Any) -> bytes:
@@ -45,7 +29,7 @@ def decode(raw: bytes, where: str, max_bytes: int) -> Any:
     if len(raw) > max_bytes:
         raise MalformedMessage(where, f"at most {max_bytes} bytes, got {len(raw)}")
     try:
-        value = cbor2.loads(raw, **_DEPTH)
+        value = cbor2.loads(raw, max_depth=MAX_NESTING)
         same = cbor2.dumps(value) == raw
     # ArithmeticError: older versions turn tagged decimals into numbers while they read.
     except (cbor2.CBORError, RecursionError, ValueError, TypeError, ArithmeticError, MemoryError) as error:

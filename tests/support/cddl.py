@@ -2,8 +2,8 @@
 
 pycddl is the second opinion in the tests; by itself it lets too much through (in 0.6.4 a byte string passes for a range
 of integers, and a number for `bstr .size (1..64)`). Understood here: rules, type choices, integers and ranges, bool,
-tstr and bstr with .size and .regexp, maps with integer keys and optional entries, arrays with named items and `n*m`
-occurrence, and one tag. Anything else in a file is a SyntaxError, so that no rule goes unread.
+null, tstr and bstr with .size and .regexp, maps with integer keys and optional entries, arrays with named items and
+`n*m` occurrence, and one tag. Anything else in a file is a SyntaxError, so that no rule goes unread.
 """
 
 import re
@@ -178,8 +178,8 @@ class _Parser:
             return self.map_entries()
         if text == "[":
             return self.array_items()
-        if text in ("tstr", "bstr", "bool"):
-            return self.plain({"tstr": str, "bstr": bytes, "bool": bool}[text])
+        if text in ("tstr", "bstr", "bool", "null"):
+            return self.plain({"tstr": str, "bstr": bytes, "bool": bool, "null": type(None)}[text])
         if kind == "name":
             return _Reference(text)
         raise SyntaxError(f"CDDL beyond the understood part: {text!r}")

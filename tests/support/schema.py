@@ -140,12 +140,37 @@ def _check_size(rule: MessageRule, payload: bytes, where: str) -> None:
 
 
 def _check_inside(rule: str, message: dict[int, Any], where: str) -> None:
-    if rule == "block":
+    if rule == "batch":
+        for operation in message[1]:
+            require("operation", operation, where)
+            _check_statement(*cbor2.loads(operation), where)
+    elif rule == "block":
         for batch in message[2]:
             _check_enclosed("batch", 11, batch, where)
-    elif rule == "page" and message[1] == 2:
+    elif rule == "page" and message[1] == 1:
+        for holding in message[3]:
+            require("holding", holding, where)
+    elif rule == "page":
         for block in message[3]:
             _check_enclosed("block", 15, block, where)
+
+
+# By the operation's code: the statement of somebody else that stands at that place in its body.
+_STATEMENTS = {
+    1: (0, "registration", 18),
+    2: (0, "admission", 19),
+    3: (0, "mandate", 20),
+    4: (0, "end-of-mandate", 21),
+    5: (0, "reading", 1),
+    6: (6, "order", 6),
+}
+
+
+def _check_statement(code: int, body: list[Any], where: str) -> None:
+    if code in _STATEMENTS:
+        place, rule, message_type = _STATEMENTS[code]
+        if body[place] is not None:
+            _check_enclosed(rule, message_type, body[place], where)
 
 
 def _check_enclosed(rule: str, message_type: int, raw: bytes, where: str) -> None:

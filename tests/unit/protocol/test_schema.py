@@ -20,6 +20,20 @@ from support.schema import (
     validate_traffic,
 )
 
+from broker.ledger.holding import Holding, decode_holding, encode_holding
+from broker.ledger.operations import (
+    AssetId,
+    Close,
+    Deliver,
+    DeliveredSlice,
+    Issue,
+    Register,
+    Transfer,
+    Void,
+    Window,
+    decode_operation,
+    encode_operation,
+)
 from broker.protocol.envelope import seal
 from broker.protocol.errors import MalformedMessage
 from broker.protocol.keys import generate_private_key
@@ -37,10 +51,12 @@ from broker.protocol.messages import (
     Report,
     Stage,
 )
+from broker.protocol.sources import Source
 from broker.protocol.topics import Topics
 
 READING = Reading("meter-1", 0, 1800, 0, 500, Quality.MEASURED, Carrier.ELECTRICITY)
 KEY = generate_private_key()
+ASSET = AssetId("wind-1", Carrier.ELECTRICITY, 0, 0)
 
 
 def rule_of(message_class: type[Any]) -> str:
@@ -134,6 +150,44 @@ def test_codec_and_cddl_agree_on_mutated_messages(message_class: type[Any], data
     assert follows(rule_of(message_class), payload) is accepted
 
 
+OPERATIONS = [
+    Register(b"statement"),
+    Issue(b"statement"),
+    Transfer(ASSET, 0, 500, "north", "east", 120_000, None),
+    Transfer(ASSET, 0, 500, "north", "east", 120_000, b"order"),
+    Deliver(bytes(16), 0, 1800, Window.INTERVAL, "north", 5, bytes(32), (DeliveredSlice(ASSET, 0, 5, 255),) * 2),
+    Deliver(bytes(16), 0, 1800, Window.MONTH, "north", 5, bytes(32), ()),
+    Close(0, 1800, 0, 3, 500, bytes(32)),
+    Void(bytes(16)),
+]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: type(operation).__name__)
+@given(data=st.data())
+def test_codec_and_cddl_agree_on_operations_and_mutated_ones(operation: Any, data: st.DataObject) -> None:
+    require("operation", encode_operation(operation), "operation")
+    raw = cbor2.dumps(mutated(cbor2.loads(encode_operation(operation)), data.draw))
+    try:
+        decode_operation(raw)
+        accepted = True
+    except MalformedMessage:
+        accepted = False
+    assert follows("operation", raw) is accepted
+
+
+@given(data=st.data())
+def test_codec_and_cddl_agree_on_holdings_and_mutated_ones(data: st.DataObject) -> None:
+    encoded = encode_holding(Holding(ASSET, Source.WIND, "north", 0, 5))
+    require("holding", encoded, "holding")
+    raw = cbor2.dumps(mutated(cbor2.loads(encoded), data.draw))
+    try:
+        decode_holding(raw)
+        accepted = True
+    except MalformedMessage:
+        accepted = False
+    assert follows("holding", raw) is accepted
+
+
 def test_asyncapi_names_every_message_once_with_its_type_rule_and_limit() -> None:
     described = asyncapi()["components"]["messages"]
     on_topics = {name for channel in asyncapi()["channels"].values() for name in channel["messages"]}
@@ -181,9 +235,12 @@ def test_asyncapi_describes_exactly_the_topics_of_the_topic_builder() -> None:
 def test_traffic_on_its_topic_passes_and_is_counted() -> None:
     topics = Topics()
     reading = seal(READING, KEY, "ledger-1", "meter-1")
-    batch = seal(Batch(1800, (b"\x80\x80",)), KEY, "ledger-1", "east")
+    statement = seal(READING, KEY, "ledger-1", "meter-1")
+    batch = seal(Batch(1800, (encode_operation(Issue(statement)),)), KEY, "ledger-1", "east")
     block = seal(Block(1, bytes(32), (batch,), 1, bytes(32), bytes(32)), KEY, "ledger-1", "node")
     page = seal(Page(bytes(8), QueryKind.BLOCKS, 1, (block,)), KEY, "ledger-1", "node")
+    holding = encode_holding(Holding(ASSET, Source.WIND, "north", 0, 5))
+    holdings = seal(Page(bytes(8), QueryKind.HOLDINGS, 1, (holding,)), KEY, "ledger-1", "node")
     report = Report("east", 0, Stage.MARKET, True).to_bytes()
     counts = validate_traffic(
         [
@@ -191,17 +248,21 @@ def test_traffic_on_its_topic_passes_and_is_counted() -> None:
             (topics.ledger_submit("ledger-1"), batch),
             (topics.ledger_feed("ledger-1"), block),
             (topics.ledger_result("ledger-1", "east"), page),
+            (topics.ledger_result("ledger-1", "east"), holdings),
             (topics.report("east"), report),
             (topics.report("east"), report),
         ]
     )
-    assert counts == {"reading": 1, "submit": 1, "feed": 1, "result": 1, "report": 2}
+    assert counts == {"reading": 1, "submit": 1, "feed": 1, "result": 2, "report": 2}
 
 
 def test_the_traffic_check_refuses_what_does_not_belong() -> None:
     topics = Topics()
     reading = seal(READING, KEY, "ledger-1", "meter-1")
     block_of_readings = seal(Block(1, bytes(32), (reading,), 1, bytes(32), bytes(32)), KEY, "ledger-1", "node")
+    no_operation = seal(Batch(1800, (b"\x82\x00\x80",)), KEY, "ledger-1", "east")
+    issue_of_nothing = seal(Batch(1800, (encode_operation(Issue(b"reading")),)), KEY, "ledger-1", "east")
+    no_holding = seal(Page(bytes(8), QueryKind.HOLDINGS, 1, (b"\x80",)), KEY, "ledger-1", "node")
     negative = seal(dataclasses.replace(READING, energy_wh=-1), KEY, "ledger-1", "meter-1")
     header_outside = list(cbor2.loads(reading).value)
     header_outside[1] = {4: b"x"}
@@ -215,6 +276,9 @@ def test_the_traffic_check_refuses_what_does_not_belong() -> None:
         (topics.meter("east", "meter-1", "reading"), negative),
         (topics.meter("east", "meter-1", "reading"), cbor2.dumps(cbor2.CBORTag(18, header_outside))),
         (topics.ledger_feed("ledger-1"), block_of_readings),
+        (topics.ledger_submit("ledger-1"), no_operation),
+        (topics.ledger_submit("ledger-1"), issue_of_nothing),
+        (topics.ledger_result("ledger-1", "east"), no_holding),
         (topics.report("east"), reading),
     ]:
         with pytest.raises(SchemaError):
