@@ -10,13 +10,16 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
+from enum import IntEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
 from broker.config import load_broker_config, load_genesis, parse_public_key
+from broker.ledger.operations import Operation
 from broker.market.contracts import Contract, ContractError, ShortageChoice, make_contract
 from broker.protocol.envelope import seal
 from broker.protocol.errors import KeyFileError, ProtocolError
@@ -142,7 +145,7 @@ def _add_ledger(commands: Any) -> None:
     verify.add_argument("path", type=Path, metavar="PATH")
     show = _add(group, "show", "Print what stands on a ledger.", _ledger_show)
     show.add_argument("path", type=Path, metavar="PATH")
-    show.add_argument("what", choices=("head", "blocks", "operations", "assets", "orders"), nargs="?", default="head")
+    show.add_argument("what", choices=("blocks", "operations", "assets", "demands", "deliveries", "orders"))
     show.add_argument("--json", action="store_true", help="one JSON object a line")
     audit = _add(group, "audit", "Print the books of a ledger: per source and interval, as CSV.", _ledger_audit)
     audit.add_argument("path", type=Path, metavar="PATH")
@@ -291,7 +294,7 @@ def _ledger_genesis(options: argparse.Namespace) -> int:
 
 
 def _ledger_trust(options: argparse.Namespace) -> int:
-    from broker.ledger.inspect import trust_of
+    from broker.ledger.trust import trust_of
 
     print(json.dumps(trust_of(load_genesis(options.genesis)), indent=2, sort_keys=True))
     return DONE
@@ -301,23 +304,57 @@ def _ledger_verify(options: argparse.Namespace) -> int:
     from broker.ledger.verify import verify_ledger
 
     report = verify_ledger(options.path)
-    print(f"{options.path}: {report}")
-    return DONE
+    for error in report.errors:
+        print(f"{options.path}: {error}", file=sys.stderr)
+    verdict = "all of it holds" if report.ok else f"{len(report.errors)} faults; restore it from a copy that verifies"
+    print(
+        f"{options.path}: ledger {report.ledger}, height {report.height}, head {report.block_id.hex()},"
+        f" state {report.state_hash.hex()}: {verdict}"
+    )
+    return DONE if report.ok else FAILED
 
 
 def _ledger_show(options: argparse.Namespace) -> int:
-    from broker.ledger.inspect import show
+    from broker.ledger import inspect
 
-    for row in show(options.path, options.what):
-        _print_row(row, as_json=options.json)
+    views: dict[str, Callable[[Path], Iterable[Any]]] = {
+        "blocks": inspect.blocks,
+        "operations": inspect.operations,
+        "assets": inspect.assets,
+        "demands": inspect.demands,
+        "deliveries": inspect.deliveries,
+        "orders": inspect.order_transfers,
+    }
+    for row in views[options.what](options.path):
+        _print_row(_plain(row), as_json=options.json)
     return DONE
 
 
 def _ledger_audit(options: argparse.Namespace) -> int:
-    from broker.ledger.inspect import audit
+    from broker.ledger import inspect
 
-    _print_csv(audit(options.path))
+    _print_csv(_plain(row) for row in inspect.totals(options.path))
     return DONE
+
+
+def _plain(value: Any) -> Any:
+    """Values of the ledger's views as what JSON knows: records by name, bytes in hex, sources by their label."""
+    if isinstance(value, (Source, SourceGroup)):
+        return value.label
+    if isinstance(value, IntEnum):
+        return value.name.lower()
+    if isinstance(value, bytes):
+        return value.hex()
+    if is_dataclass(value):
+        record = {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+        return {"operation": type(value).__name__.lower(), **record} if isinstance(value, Operation) else record
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return {name: _plain(item) for name, item in value._asdict().items()}
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Operation):
+        return {"height": value[0], **_plain(value[1])}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return value
 
 
 def _registrar_register(options: argparse.Namespace) -> int:
