@@ -1,0 +1,440 @@
+"""What a broker holds of a ledger: submits batches, follows the blocks, and loads the broker's holdings at start.
+
+Sans-IO: the shell gives it every message on `ledger/<ledger>/{result/<party>,feed,checkpoint}`, tells it of connects,
+calls `tick` with a monotonic clock, publishes what that returns on `ledger/<ledger>/submit`, and takes `events`.
+
+The feed is the truth. A batch counts as committed when it stands in a verified block, whatever was answered before; a
+refusal is final only in that the client stops resending (`submit` the same bytes again where the reason was passing).
+Blocks are taken in height by height: each must be signed by a validator and name the one before. What is missing is
+fetched, what comes twice is passed over.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from broker.ledger.chain import genesis_hash, validators_of
+from broker.ledger.embedded import BUSY
+from broker.ledger.holding import Holding, decode_holding
+from broker.ledger.limits import MAX_EARLY_BLOCKS, MAX_PENDING_BATCHES, RESEND_AFTER_S
+from broker.ledger.operations import Operation, OperationCode, decode_operation, operation_code
+from broker.protocol import envelope
+from broker.protocol.errors import MalformedMessage, ProtocolError
+from broker.protocol.keys import PrivateKey
+from broker.protocol.messages import (
+    REQUEST_ID_BYTES,
+    Batch,
+    Block,
+    Checkpoint,
+    Genesis,
+    Page,
+    Query,
+    QueryKind,
+    Result,
+    ResultStatus,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class HoldingsLoaded:
+    """Everything that the party owned at `height`. The events after it begin with block `height + 1`."""
+
+    height: int
+    holdings: tuple[Holding, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchCommitted:
+    """A batch of the party's own stands in block `height`.
+
+    `operations` is None for a batch that was submitted through this client: its maker knows it. Batches of an earlier
+    run come with their operations.
+    """
+
+    batch_id: bytes
+    height: int
+    operations: tuple[Operation, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRefused:
+    """The ledger refused a batch whole. `code` is a `rules.Fault` or "busy"; `operation` the index at fault.
+
+    `transient`: no fault of the batch; submit it again later.
+    """
+
+    batch_id: bytes
+    operation: int | None
+    code: str
+    reason: str
+    transient: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignBatch:
+    """Operations of another broker's batch in block `height`, signed with the key `key_id`.
+
+    Deliveries are left out: they move what the other broker owned to its own consumers and concern nobody else.
+    """
+
+    height: int
+    key_id: bytes
+    operations: tuple[Operation, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockApplied:
+    """All events of block `height` have been given."""
+
+    height: int
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerFault:
+    """The ledger contradicts itself: a validly signed block that does not fit the chain. The client stops following.
+
+    An operator must compare checkpoints with others before going on.
+    """
+
+    height: int
+    reason: str
+
+
+Event = HoldingsLoaded | BatchCommitted | BatchRefused | ForeignBatch | BlockApplied | LedgerFault
+
+
+class TooManyPending(Exception):
+    """The party has too many unanswered batches; wait for answers before submitting more."""
+
+
+class _Phase(Enum):
+    LOADING = auto()  # holdings are being paged in
+    ANCHORING = auto()  # the block at the holdings' height is being fetched, for its id
+    FOLLOWING = auto()
+    STOPPED = auto()  # after a LedgerFault
+
+
+@dataclass(slots=True)
+class _Pending:
+    raw: bytes
+    batch_id: bytes
+    sent_s: float | None = None
+    """When it was sent last, None while it is due at once."""
+    height: int | None = None
+    """The block that the ledger says it is in."""
+
+
+@dataclass(slots=True)
+class _Asked:
+    query: Query
+    sent_s: float | None = None
+
+
+class LedgerClient:
+    """Follows ledger `genesis` for `party`, which signs its queries with `key`.
+
+    `random_bytes(n)` gives request ids. `load_holdings=False` starts at the first block instead, for an observer that
+    wants the whole history. `resume` is (height, block id) up to which an earlier run has taken in the blocks: then the
+    events of the blocks since come first, and HoldingsLoaded in its place among them.
+    """
+
+    def __init__(
+        self,
+        genesis: Genesis,
+        party: str,
+        key: PrivateKey,
+        random_bytes: Callable[[int], bytes],
+        load_holdings: bool = True,
+        resume: tuple[int, bytes] | None = None,
+    ) -> None:
+        self._ledger = genesis.ledger
+        self._party = party
+        self._key = key
+        self._random_bytes = random_bytes
+        self._validators = validators_of(genesis)
+        self._pending: dict[bytes, _Pending] = {}
+        self._own_raw: dict[bytes, bytes] = {}
+        self._events: list[Event] = []
+        self._early: dict[int, envelope.Opened] = {}
+        self._holdings: list[Holding] = []
+        self._holdings_height: int | None = None
+        self._height, self._block_id = resume if resume is not None else (0, genesis_hash(genesis))
+        self._resumes = resume is not None
+        self._awaited: HoldingsLoaded | None = None
+        self._known_height = 0
+        self._asked: _Asked | None = None
+        self._phase = _Phase.LOADING if load_holdings else _Phase.FOLLOWING
+        if load_holdings:
+            self._ask(QueryKind.HOLDINGS)
+        else:
+            self._ask(QueryKind.BLOCKS, from_height=1)
+
+    # --- what the broker does
+
+    @property
+    def height(self) -> int:
+        """The height up to which events have been given, or the holdings' height."""
+        return self._height
+
+    @property
+    def loaded(self) -> bool:
+        """True once the holdings are known (or were not asked for) and blocks are being followed."""
+        return self._phase is _Phase.FOLLOWING and self._awaited is None
+
+    @property
+    def has_events(self) -> bool:
+        """True if `events` has something to give."""
+        return bool(self._events)
+
+    @property
+    def block_id(self) -> bytes:
+        """The id of the block at `height`."""
+        return self._block_id
+
+    @property
+    def pending(self) -> int:
+        """Batches without an answer."""
+        return len(self._pending)
+
+    def submit(self, raw_batch: bytes) -> bytes:
+        """Send a sealed batch of this party until it is answered; returns its id. The same batch twice is sent once.
+
+        The bytes must be stored first: this client forgets with its process. Raises TooManyPending.
+        """
+        batch_id = self._own_raw.get(raw_batch) or envelope.sealed_id(raw_batch, self._ledger, self._party)
+        if batch_id not in self._pending:
+            if len(self._pending) >= MAX_PENDING_BATCHES:
+                raise TooManyPending(f"{MAX_PENDING_BATCHES} batches are without an answer of ledger {self._ledger}")
+            self._pending[batch_id] = _Pending(raw_batch, batch_id)
+            self._own_raw[raw_batch] = batch_id
+        return batch_id
+
+    def events(self) -> list[Event]:
+        """What has happened since the last call, in the order of the ledger."""
+        events, self._events = self._events, []
+        return events
+
+    # --- what the shell does
+
+    def on_connect(self) -> None:
+        """The link is up, perhaps anew: everything unanswered is due at once."""
+        for pending in self._pending.values():
+            pending.sent_s = None
+        if self._asked is not None:
+            self._asked.sent_s = None
+
+    def tick(self, now_s: float) -> list[bytes]:
+        """What to publish on the `submit` topic now; call it after messages and at least once a second.
+
+        `now_s` is any monotonic clock in seconds.
+        """
+        outgoing = []
+        for pending in self._pending.values():
+            if pending.sent_s is None or now_s - pending.sent_s >= RESEND_AFTER_S:
+                pending.sent_s = now_s
+                outgoing.append(pending.raw)
+        asked = self._asked
+        if asked is not None and (asked.sent_s is None or now_s - asked.sent_s >= RESEND_AFTER_S):
+            asked.sent_s = now_s
+            outgoing.append(envelope.seal(asked.query, self._key, self._ledger, self._party))
+        return outgoing
+
+    def on_message(self, leaf: str, payload: bytes) -> None:
+        """Take in a message of the ledger. `leaf` is `feed`, `result` or `checkpoint`.
+
+        Raises ProtocolError for what no validator of this ledger signed; nothing has changed then. Log it.
+        """
+        opened = envelope.open_envelope(payload, self._ledger, self._validators.get)
+        message = opened.message
+        if leaf == "feed" and isinstance(message, Block):
+            self._on_block(opened)
+        elif leaf == "result" and isinstance(message, Result):
+            self._on_result(message)
+        elif leaf == "result" and isinstance(message, Page):
+            self._on_page(message)
+        elif leaf == "checkpoint" and isinstance(message, Checkpoint):
+            self._on_checkpoint(message)
+        else:
+            raise MalformedMessage(f"ledger {leaf}", f"its kind of message, got a {type(message).__name__}")
+
+    # --- inside
+
+    def _on_result(self, result: Result) -> None:
+        pending = self._pending.get(result.batch_id)
+        if pending is None:
+            return
+        if result.status is ResultStatus.COMMITTED:
+            pending.height = result.height or 0
+            if self._phase is _Phase.FOLLOWING:
+                self._settle_past()
+                self._learn_height(pending.height)
+            elif self._asked is not None:
+                # A registration may just have made this party known to the ledger, so what was asked is asked again.
+                self._asked.sent_s = None
+            return
+        self._forget(pending)
+        reason = result.reason or "refused without a reason"
+        code, _, text = reason.partition(": ")
+        self._events.append(BatchRefused(result.batch_id, result.operation, code, text or reason, code == BUSY))
+
+    def _settle_past(self) -> None:
+        """Batches whose blocks went by before this client began to follow: the holdings include them."""
+        for pending in list(self._pending.values()):
+            if pending.height is not None and pending.height <= self._height:
+                self._forget(pending)
+                self._events.append(BatchCommitted(pending.batch_id, pending.height))
+
+    def _forget(self, pending: _Pending) -> None:
+        del self._pending[pending.batch_id]
+        del self._own_raw[pending.raw]
+
+    def _on_checkpoint(self, checkpoint: Checkpoint) -> None:
+        if self._phase is _Phase.FOLLOWING and checkpoint.height == self._height:
+            if checkpoint.block_id != self._block_id:
+                self._stop(checkpoint.height, "a signed checkpoint names another block than the one followed here")
+            return
+        self._learn_height(checkpoint.height)
+
+    def _learn_height(self, height: int) -> None:
+        """The ledger is known to have reached `height`; fetch what is missing."""
+        self._known_height = max(self._known_height, height)
+        if self._phase is _Phase.FOLLOWING and self._known_height > self._height and self._asked is None:
+            self._ask(QueryKind.BLOCKS, from_height=self._height + 1)
+
+    def _on_page(self, page: Page) -> None:
+        asked = self._asked
+        if asked is None or page.request_id != asked.query.request_id or page.kind is not asked.query.kind:
+            return
+        if page.kind is QueryKind.HOLDINGS:
+            self._asked = None
+            self._on_holdings(page)
+            return
+        # While these blocks are taken in, the question stands, so that none of them asks for the next one.
+        for raw in page.entries:
+            self._on_block(envelope.open_envelope(raw, self._ledger, self._validators.get))
+        self._asked = None
+        if self._phase is _Phase.STOPPED:
+            return
+        if page.height < self._height:
+            self._stop(page.height, f"the ledger answers with fewer blocks than the {self._height} followed here")
+        elif self._phase is _Phase.ANCHORING:
+            self._stop(self._height, "the ledger does not give the block that its holdings rest on")
+        else:
+            self._learn_height(page.height)
+
+    def _on_holdings(self, page: Page) -> None:
+        if page.height != self._holdings_height:
+            # The ledger went on between two pages and began anew with its first page.
+            self._holdings = []
+            self._holdings_height = page.height
+        self._holdings += [decode_holding(entry) for entry in page.entries]
+        if page.next_cursor is not None:
+            self._ask(QueryKind.HOLDINGS, cursor=page.next_cursor)
+            return
+        loaded = HoldingsLoaded(page.height, tuple(self._holdings))
+        self._holdings = []
+        if self._resumes:
+            self._catch_up(loaded)
+            return
+        self._events.append(loaded)
+        self._height = page.height
+        if page.height == 0:
+            self._follow()
+        else:
+            self._phase = _Phase.ANCHORING
+            self._ask(QueryKind.BLOCKS, from_height=page.height)
+
+    def _catch_up(self, loaded: HoldingsLoaded) -> None:
+        """Take in the blocks since the earlier run; the holdings are handed over when their height is reached."""
+        if loaded.height < self._height:
+            self._stop(loaded.height, f"it has lost blocks: this broker has followed it to height {self._height}")
+            return
+        self._awaited = loaded
+        self._known_height = max(self._known_height, loaded.height)
+        self._hand_over_holdings()
+        self._follow()
+
+    def _hand_over_holdings(self) -> None:
+        if self._awaited is not None and self._awaited.height == self._height:
+            self._events.append(self._awaited)
+            self._awaited = None
+
+    def _follow(self) -> None:
+        self._phase = _Phase.FOLLOWING
+        self._settle_past()
+        self._drain()
+        self._learn_height(self._known_height)
+
+    def _on_block(self, opened: envelope.Opened) -> None:
+        block = opened.message
+        if not isinstance(block, Block) or self._phase is _Phase.STOPPED:
+            return
+        self._known_height = max(self._known_height, block.height)
+        if self._phase is _Phase.ANCHORING and block.height == self._height:
+            self._block_id = opened.message_id
+            self._follow()
+        elif block.height > self._height or self._phase is _Phase.LOADING:
+            if len(self._early) >= MAX_EARLY_BLOCKS:
+                # The furthest ones are fetched again later.
+                del self._early[max(self._early)]
+            self._early[block.height] = opened
+            if self._phase is _Phase.FOLLOWING:
+                self._drain()
+                self._learn_height(self._known_height)
+        elif self._phase is _Phase.FOLLOWING and block.height == self._height and opened.message_id != self._block_id:
+            self._stop(block.height, "two different blocks are signed for the same height")
+
+    def _drain(self) -> None:
+        """Apply the blocks that follow on the last one."""
+        for height in [height for height in self._early if height <= self._height]:
+            del self._early[height]
+        while self._phase is _Phase.FOLLOWING and self._height + 1 in self._early:
+            self._apply(self._early.pop(self._height + 1))
+
+    def _apply(self, opened: envelope.Opened) -> None:
+        block = opened.message
+        assert isinstance(block, Block)
+        if block.previous != self._block_id:
+            self._stop(block.height, "a signed block does not follow on the one before it")
+            return
+        try:
+            decoded = [None if raw in self._own_raw else self._decoded(raw, block.height) for raw in block.batches]
+        except ProtocolError as error:
+            self._stop(block.height, f"a signed block carries a batch that is none: {error}")
+            return
+        for raw, event in zip(block.batches, decoded, strict=True):
+            if event is not None:
+                # Under another signature of ours it is still the same batch.
+                if isinstance(event, BatchCommitted) and event.batch_id in self._pending:
+                    self._forget(self._pending[event.batch_id])
+                self._events.append(event)
+                continue
+            batch_id = self._own_raw[raw]
+            self._forget(self._pending[batch_id])
+            self._events.append(BatchCommitted(batch_id, block.height))
+        self._height, self._block_id = block.height, opened.message_id
+        self._events.append(BlockApplied(block.height))
+        self._hand_over_holdings()
+
+    def _decoded(self, raw: bytes, height: int) -> Event:
+        """The event of a batch that this client did not submit. The validator has checked its signature."""
+        parsed = envelope.parse(raw)
+        batch = Batch.from_payload(parsed.payload)
+        own = parsed.key_id == self._key.public.key_id
+        operations = tuple(
+            decode_operation(encoded)
+            for encoded in batch.operations
+            if own or operation_code(encoded) != OperationCode.DELIVER
+        )
+        if own:
+            batch_id = envelope.message_id(parsed, self._ledger, self._party)
+            return BatchCommitted(batch_id, height, operations)
+        return ForeignBatch(height, parsed.key_id, operations)
+
+    def _ask(self, kind: QueryKind, cursor: bytes | None = None, from_height: int | None = None) -> None:
+        self._asked = _Asked(Query(self._random_bytes(REQUEST_ID_BYTES), kind, cursor, from_height))
+
+    def _stop(self, height: int, reason: str) -> None:
+        self._phase = _Phase.STOPPED
+        self._asked = None
+        self._events.append(LedgerFault(height, reason))

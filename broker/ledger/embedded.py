@@ -1,0 +1,292 @@
+"""The embedded engine: one ledger in one directory, written by one process, with nothing to set up.
+
+`submit` checks a batch's signature and queues it; `commit` applies everything queued in order, seals blocks, writes all
+of it in one durable transaction and answers. The caller decides when to commit: after each message, or after as many
+as have come in (group commit), since a commit costs one wait for the disk however much it carries.
+"""
+
+import fcntl
+import os
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from broker.ledger.chain import Head, Step, first_head, validators_of
+from broker.ledger.faults import RuleViolation
+from broker.ledger.holding import Holding, encode_holding
+from broker.ledger.limits import (
+    BATCH_HEAD_BYTES,
+    BLOCK_HEAD_BYTES,
+    MAX_BLOCK_BATCHES,
+    MAX_HOLDINGS_ON_PAGE,
+    MAX_QUEUED_BATCHES,
+    MAX_QUEUED_BYTES,
+)
+from broker.ledger.opening import Charter, OpenedBatch, RefusedBatch, charter_of, open_batch, party_signer
+from broker.ledger.operations import AssetId
+from broker.ledger.rules import keys_read
+from broker.ledger.state import OWNED, AssetRow, asset_key
+from broker.ledger.store import FILE_NAME, FORMAT, LOCK_NAME, LedgerError, Store
+from broker.protocol import cbor, envelope
+from broker.protocol.codec import Name, Row, Unsigned
+from broker.protocol.envelope import Signer
+from broker.protocol.errors import ProtocolError
+from broker.protocol.keys import PrivateKey
+from broker.protocol.limits import MAX_BLOCK_BYTES, MAX_INTEGER, MAX_REASON_CHARACTERS
+from broker.protocol.messages import Block, Carrier, Genesis, Result, ResultStatus
+from broker.protocol.sources import Source
+
+BUSY: Final = "busy"
+"""The code of a refusal that is no fault of the batch: send it again later."""
+
+_POSITION: Final = Row((Unsigned(), Name(), Unsigned(), Unsigned()))
+"""An asset in the order of a party's holdings: start_s, device, carrier, revision."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClientResult:
+    """An answer and the party that it is for."""
+
+    client: str
+    result: Result
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What a commit made: sealed blocks in order, and an answer for every batch that was queued."""
+
+    blocks: tuple[bytes, ...]
+    results: tuple[ClientResult, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HoldingsPage:
+    """Encoded holdings of a party, true at `height`. `next_cursor` is None on the last page."""
+
+    height: int
+    entries: tuple[bytes, ...]
+    next_cursor: bytes | None
+
+
+class EmbeddedLedger:
+    """A ledger in the directory `path`, made there if it does not exist yet.
+
+    `validator_name` and `validator_key` sign blocks and must be among the genesis' validators. Raises LedgerError if
+    the directory is in use, belongs to another genesis, or does not pass the start-up check.
+    """
+
+    def __init__(self, path: Path, genesis: Genesis, validator_name: str, validator_key: PrivateKey) -> None:
+        self._path = path
+        self._genesis = genesis
+        self._charter: Charter = charter_of(genesis)
+        self._validator_name = validator_name
+        self._validator_key = validator_key
+        self._queue: list[OpenedBatch] = []
+        self._queued_bytes = 0
+        if not any(
+            named.name == validator_name and named.key == validator_key.public.cose_key for named in genesis.validators
+        ):
+            raise LedgerError(path, f"{validator_name} with this key is no validator of ledger {genesis.ledger}")
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(path)
+        try:
+            self._store = _opened_store(path, genesis)
+            self._head = _checked_head(path, self._store, genesis)
+        except (sqlite3.Error, LedgerError) as error:
+            os.close(self._lock)
+            if isinstance(error, LedgerError):
+                raise
+            raise LedgerError(path, f"SQLite says {error}; restore the ledger from a copy") from error
+
+    @property
+    def ledger(self) -> str:
+        return self._charter.ledger
+
+    @property
+    def height(self) -> int:
+        return self._head.height
+
+    @property
+    def head(self) -> Head:
+        """The last committed block and state."""
+        return self._head
+
+    def close(self) -> None:
+        """Close the file; what is queued and not committed is gone, and its clients send it again."""
+        self._store.close()
+        os.close(self._lock)
+
+    def signer(self, key_id: bytes) -> Signer | None:
+        """The registered party with that key, None if there is none."""
+        return party_signer(self._store, key_id)
+
+    def submit(self, raw_batch: bytes) -> ClientResult | None:
+        """Check a batch and queue it for the next commit.
+
+        Returns an answer only where there is one at once: a well-signed batch that is malformed, or a full queue.
+        Raises ProtocolError while nobody is known to have signed it; that must not be answered.
+        """
+        try:
+            batch = open_batch(raw_batch, self._store, self._charter)
+        except RefusedBatch as refused:
+            return ClientResult(refused.sender, _refusal(refused.batch_id, refused.violation))
+        if len(self._queue) >= MAX_QUEUED_BATCHES or self._queued_bytes + len(raw_batch) > MAX_QUEUED_BYTES:
+            reason = f"{BUSY}: the ledger's queue is full; send this batch again later"
+            return ClientResult(batch.sender, Result(batch.batch_id, ResultStatus.REFUSED, reason=reason))
+        self._queue.append(batch)
+        self._queued_bytes += len(raw_batch)
+        return None
+
+    @property
+    def queued(self) -> int:
+        """Batches that wait for `commit`."""
+        return len(self._queue)
+
+    def commit(self) -> Committed:
+        """Apply all queued batches in order and write them durably.
+
+        Raises LedgerError if the disk refuses; then nothing is lost: the queue stays and `commit` can be tried again.
+        """
+        if not self._queue:
+            return Committed((), ())
+        step = Step(self._store, self._charter, self._head)
+        blocks: list[tuple[int, bytes, bytes]] = []
+        heights: dict[bytes, int] = {}
+        results: list[ClientResult] = []
+        waiting: list[bytes] = []
+        waiting_bytes = BLOCK_HEAD_BYTES
+        try:
+            self._store.prefetch([key for batch in self._queue for key in keys_read(batch)])
+            for batch in self._queue:
+                height = heights.get(batch.batch_id) or self._store.height_of(batch.batch_id)
+                if height is None:
+                    size = len(batch.raw) + BATCH_HEAD_BYTES
+                    if waiting and (waiting_bytes + size > MAX_BLOCK_BYTES or len(waiting) >= MAX_BLOCK_BATCHES):
+                        blocks.append(self._sealed(step, waiting))
+                        waiting, waiting_bytes = [], BLOCK_HEAD_BYTES
+                    try:
+                        step.apply(batch)
+                    except RuleViolation as violation:
+                        results.append(ClientResult(batch.sender, _refusal(batch.batch_id, violation)))
+                        continue
+                    height = step.head.height + 1
+                    heights[batch.batch_id] = height
+                    waiting.append(batch.raw)
+                    waiting_bytes += size
+                results.append(
+                    ClientResult(batch.sender, Result(batch.batch_id, ResultStatus.COMMITTED, height=height))
+                )
+            if waiting:
+                blocks.append(self._sealed(step, waiting))
+            if blocks:
+                self._store.write(step.rows, step.written(), blocks, list(heights.items()), step.head)
+        except sqlite3.Error as error:
+            raise LedgerError(self._path, f"SQLite says {error}; free disk space or replace the disk") from error
+        self._head = step.head
+        self._queue, self._queued_bytes = [], 0
+        return Committed(tuple(raw for _, _, raw in blocks), tuple(results))
+
+    def holdings(self, party: str, cursor: bytes | None = None) -> HoldingsPage:
+        """What `party` holds, in the order of intervals; go on with `next_cursor`. An asset's slices stay together.
+
+        Raises MalformedMessage for a cursor that is none.
+        """
+        if cursor is None:
+            after: tuple[int, str, int, int] = (0, "", 0, 0)
+        else:
+            after = _POSITION.decode(cbor.decode(cursor, "cursor", 256), "cursor")
+        entries: list[bytes] = []
+        for _, _, start_s, device, carrier, revision in self._store.scan((OWNED, party), after[0], MAX_INTEGER):
+            # A cursor is the last asset of the page before; keys of one interval come in the order of their bytes.
+            if cursor is not None and _order((start_s, device, carrier, revision)) <= _order(after):
+                continue
+            asset = AssetId(device, Carrier(carrier), start_s, revision)
+            row: AssetRow = self._store.get(asset_key(asset))
+            slices = [
+                encode_holding(Holding(asset, Source(row.source), row.area, held.from_wh, held.to_wh))
+                for held in row.held
+                if held.owner == party
+            ]
+            if entries and len(entries) + len(slices) > MAX_HOLDINGS_ON_PAGE:
+                return HoldingsPage(self._head.height, tuple(entries), cbor.encode(list(after)))
+            entries += slices
+            after = (start_s, device, carrier, revision)
+        return HoldingsPage(self._head.height, tuple(entries), None)
+
+    def blocks(self, from_height: int) -> Iterator[bytes]:
+        """Sealed blocks from that height on, in order."""
+        for _, _, raw in self._store.blocks(from_height):
+            yield raw
+
+    def checkpoint(self) -> bytes:
+        """The sealed Checkpoint of the head."""
+        return envelope.seal(self._head.checkpoint(), self._validator_key, self.ledger, self._validator_name)
+
+    def _sealed(self, step: Step, batches: list[bytes]) -> tuple[int, bytes, bytes]:
+        block: Block = step.block(tuple(batches))
+        raw = envelope.seal(block, self._validator_key, self.ledger, self._validator_name)
+        block_id = envelope.sealed_id(raw, self.ledger, self._validator_name)
+        step.finish_block(block_id)
+        return block.height, block_id, raw
+
+
+def _order(position: tuple[int, str, int, int]) -> bytes:
+    return cbor.encode(position)
+
+
+def _refusal(batch_id: bytes, violation: RuleViolation) -> Result:
+    reason = f"{violation.code}: {violation.reason}"[:MAX_REASON_CHARACTERS]
+    return Result(batch_id, ResultStatus.REFUSED, operation=violation.operation_index, reason=reason)
+
+
+def _locked(path: Path) -> int:
+    """Hold the directory for this process. The lock goes with the process, so a killed one leaves nothing behind."""
+    descriptor = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise LedgerError(path, "in use by another process; stop that one first") from None
+    return descriptor
+
+
+def _opened_store(path: Path, genesis: Genesis) -> Store:
+    file = path / FILE_NAME
+    if file.exists():
+        store = Store.open(file)
+        if store.has_schema():
+            return store
+        store.close()  # Killed while it was being made: nothing was in it yet.
+    return Store.create(file, genesis.to_bytes(), first_head(genesis))
+
+
+def _checked_head(path: Path, store: Store, genesis: Genesis) -> Head:
+    """The stored head, once it agrees with genesis and last block. Raises LedgerError; `verify_ledger` checks all."""
+    if store.meta("format") != bytes((FORMAT,)):
+        raise LedgerError(path, f"not of format {FORMAT}; it was made by another version of this program")
+    if store.meta("genesis") != genesis.to_bytes():
+        raise LedgerError(path, f"founded on another genesis than the given one of {genesis.ledger}; check the path")
+    damaged = "run `energy-broker ledger verify` on it and restore it from a copy"
+    try:
+        head = Head.from_bytes(store.meta("head") or b"")
+        checkpoint = head.checkpoint()
+        last = store.last_block()
+        if last is None:
+            if head != first_head(genesis):
+                raise LedgerError(path, f"the head says height {head.height}, but there are no blocks; {damaged}")
+            return head
+        height, block_id, raw = last
+        opened = envelope.open_envelope(raw, genesis.ledger, validators_of(genesis).get)
+    except (ProtocolError, ValueError) as error:
+        raise LedgerError(path, f"the head does not hold: {error}; {damaged}") from error
+    block = opened.message
+    if (
+        not isinstance(block, Block)
+        or (height, block_id, opened.message_id) != (head.height, head.block_id, head.block_id)
+        or (block.height, block.state_hash, block.tree_size, block.root)
+        != (head.height, head.state_hash, head.tree_size, checkpoint.root)
+    ):
+        raise LedgerError(path, f"the head does not agree with block {height}; {damaged}")
+    return head

@@ -1,0 +1,258 @@
+"""Plain views of a ledger for people and exports: blocks, assets, totals, demands, orders. Read-only.
+
+Each function opens the ledger directory, also while an engine runs on it, yields rows of one moment in a stable order,
+and closes it again. They show what is stored; whether that is right is for `verify.verify_ledger` to say. All raise
+LedgerError for a directory without a readable ledger.
+"""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from broker.ledger.operations import AssetId, Operation, Transfer, decode_operation
+from broker.ledger.state import (
+    ASSET,
+    DEMAND,
+    SLICE,
+    TOTAL,
+    AssetRow,
+    DemandRow,
+    Held,
+    Key,
+    Row,
+    SliceRow,
+    TotalRow,
+    decode_key,
+    decode_row,
+    table_bounds,
+)
+from broker.ledger.store import FILE_NAME, LedgerError, Store
+from broker.protocol import envelope
+from broker.protocol.errors import ProtocolError
+from broker.protocol.messages import Batch, Block, Carrier, Genesis, Order
+from broker.protocol.sources import Source
+
+
+@dataclass(frozen=True, slots=True)
+class BlockLine:
+    """One block. `size` is its bytes, `tree_size` counts all operations so far."""
+
+    height: int
+    block_id: bytes
+    batches: int
+    operations: int
+    tree_size: int
+    state_hash: bytes
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class AssetLine:
+    asset: AssetId
+    source: Source
+    area: str
+    issued_wh: int
+    delivered_wh: int
+    withdrawn_wh: int
+    expired_wh: int
+    held: tuple[Held, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TotalLine:
+    """Wh of one source in the interval that begins at `start_s`: issued = held + delivered + withdrawn + expired."""
+
+    start_s: int
+    source: Source
+    issued_wh: int
+    held_wh: int
+    delivered_wh: int
+    withdrawn_wh: int
+    expired_wh: int
+
+
+@dataclass(frozen=True, slots=True)
+class DemandLine:
+    """A consumer's demand under its pseudonym; what is not delivered after the broker's close is unmatched."""
+
+    start_s: int
+    pseudonym: bytes
+    broker: str
+    demanded_wh: int
+    delivered_wh: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryLine:
+    """A delivered slice `[from_wh, to_wh)` of an asset."""
+
+    asset: AssetId
+    from_wh: int
+    to_wh: int
+    broker: str
+    pseudonym: bytes
+    demand_start_s: int
+    line: int
+
+
+@dataclass(frozen=True, slots=True)
+class OrderTransfer:
+    """A transfer under an order, in block `height`, and what became of those very Wh at its receiver."""
+
+    height: int
+    order_id: bytes
+    requester: str
+    asset: AssetId
+    from_wh: int
+    to_wh: int
+    sender: str
+    receiver: str
+    price: int
+    delivered: tuple[DeliveryLine, ...]
+
+
+def genesis(path: Path) -> Genesis:
+    """What the ledger was founded on."""
+    with _opened(path) as store:
+        return _genesis(store)
+
+
+def blocks(path: Path) -> Iterator[BlockLine]:
+    """All blocks by height."""
+    with _opened(path) as store:
+        for height, block_id, raw in store.blocks():
+            block = _block(raw)
+            operations = sum(len(_batch(batch).operations) for batch in block.batches)
+            yield BlockLine(
+                height, block_id, len(block.batches), operations, block.tree_size, block.state_hash, len(raw)
+            )
+
+
+def operations(path: Path) -> Iterator[tuple[int, Operation]]:
+    """(height, operation) of every operation in the order applied."""
+    with _opened(path) as store:
+        yield from _operations(store)
+
+
+def assets(path: Path) -> Iterator[AssetLine]:
+    """All assets by interval and device."""
+    with _opened(path) as store:
+        for key, row in _rows(store, ASSET):
+            assert isinstance(row, AssetRow)
+            yield AssetLine(
+                _asset(key),
+                Source(row.source),
+                row.area,
+                row.issued_wh,
+                row.delivered_wh,
+                row.withdrawn_wh,
+                row.expired_wh,
+                row.held,
+            )
+
+
+def totals(path: Path) -> Iterator[TotalLine]:
+    """Totals by interval and source."""
+    with _opened(path) as store:
+        for key, row in _rows(store, TOTAL):
+            assert isinstance(row, TotalRow)
+            yield TotalLine(key[1], Source(key[2]), *row)
+
+
+def demands(path: Path) -> Iterator[DemandLine]:
+    """All demands by interval and pseudonym."""
+    with _opened(path) as store:
+        for key, row in _rows(store, DEMAND):
+            assert isinstance(row, DemandRow)
+            yield DemandLine(key[1], key[2], row.broker, row.demanded_wh, row.delivered_wh)
+
+
+def deliveries(path: Path) -> Iterator[DeliveryLine]:
+    """All delivered slices by interval of generation, device and range."""
+    with _opened(path) as store:
+        for key, row in _rows(store, SLICE):
+            yield _delivery(key, row)
+
+
+def order_transfers(path: Path, order_id: bytes | None = None) -> Iterator[OrderTransfer]:
+    """Transfers under orders between brokers, of one order or of all, in the order applied."""
+    with _opened(path) as store:
+        for height, operation in _operations(store):
+            if not isinstance(operation, Transfer) or operation.order is None:
+                continue
+            order = Order.from_payload(envelope.parse(operation.order).payload)
+            if order_id is not None and order.order_id != order_id:
+                continue
+            yield OrderTransfer(
+                height,
+                order.order_id,
+                order.requester,
+                operation.asset,
+                operation.from_wh,
+                operation.to_wh,
+                operation.sender,
+                operation.receiver,
+                operation.price,
+                tuple(_delivered_from(store, operation)),
+            )
+
+
+def _delivered_from(store: Store, transfer: Transfer) -> Iterator[DeliveryLine]:
+    """The receiver's deliveries that lie in the transferred range, wholly or in part."""
+    asset = transfer.asset
+    prefix = (SLICE, asset.start_s, asset.device, int(asset.carrier), asset.revision)
+    for key in store.scan(prefix, 0, transfer.to_wh):
+        line = _delivery(key, store.get(key))
+        if line.to_wh > transfer.from_wh and line.broker == transfer.receiver:
+            yield line
+
+
+def _delivery(key: Key, row: Row) -> DeliveryLine:
+    assert isinstance(row, SliceRow)
+    return DeliveryLine(_asset(key), key[5], row.to_wh, row.broker, row.pseudonym, row.demand_start_s, row.line)
+
+
+def _asset(key: Key) -> AssetId:
+    return AssetId(key[2], Carrier(key[3]), key[1], key[4])
+
+
+def _rows(store: Store, table: int) -> Iterator[tuple[Key, Row]]:
+    for raw_key, raw in store.state_rows(*table_bounds(table)):
+        key = decode_key(raw_key)
+        yield key, decode_row(table, raw)
+
+
+def _operations(store: Store) -> Iterator[tuple[int, Operation]]:
+    for height, _, raw in store.blocks():
+        for batch in _block(raw).batches:
+            for encoded in _batch(batch).operations:
+                yield height, decode_operation(encoded)
+
+
+def _block(raw: bytes) -> Block:
+    return Block.from_payload(envelope.parse(raw).payload)
+
+
+def _batch(raw: bytes) -> Batch:
+    return Batch.from_payload(envelope.parse(raw).payload)
+
+
+def _genesis(store: Store) -> Genesis:
+    return Genesis.from_bytes(store.meta("genesis") or b"")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Store]:
+    if not (path / FILE_NAME).is_file():
+        raise LedgerError(path, f"holds no {FILE_NAME}; give the ledger's directory")
+    try:
+        store = Store.open_read_only(path / FILE_NAME)
+        try:
+            with store.snapshot():
+                yield store
+        finally:
+            store.close()
+    except (sqlite3.Error, ProtocolError, ValueError) as error:
+        raise LedgerError(path, f"cannot be read: {error}; run `energy-broker ledger verify` on it") from error

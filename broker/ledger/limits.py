@@ -1,0 +1,42 @@
+"""Limits of the ledger's own queues and pages, each with its reason. Sizes on the wire stand in `protocol.limits`."""
+
+from typing import Final
+
+MAX_QUEUED_BATCHES: Final = 1_024
+"""Batches that wait for the next commit. Beyond it the submitter is told to come again; it keeps its batch anyway."""
+
+MAX_QUEUED_BYTES: Final = 64 * 2**20
+"""The same queue in bytes, because batches differ in size by a factor of a thousand."""
+
+MAX_BLOCK_BATCHES: Final = 1_024
+"""What the Block message can carry."""
+
+BLOCK_HEAD_BYTES: Final = 1_024
+"""Room in a block for everything but its batches: header, hashes, signature and heads of byte strings."""
+
+BATCH_HEAD_BYTES: Final = 5
+"""The longest head of one batch's byte string inside a block."""
+
+MAX_SLICES_OF_DELIVERY: Final = 1_024
+"""Slices in one deliver operation; a demand that draws on more assets is split over several operations."""
+
+MAX_HELD_SLICES: Final = 256
+"""Held slices of one asset. Every move searches them, so an owner who shreds an asset must not slow everyone down."""
+
+CACHED_ROWS: Final = 16_384
+"""State rows in each of two cache generations; about 15 MB in all. What is hot (assets, totals) is far fewer."""
+
+MAX_HOLDINGS_ON_PAGE: Final = 4_096
+"""What the Page message can carry; about 300 kB."""
+
+MAX_SNAPSHOTS: Final = 16
+"""Clients whose holdings are being paged out at the same time. A client whose snapshot is displaced starts again."""
+
+MAX_PENDING_BATCHES: Final = 1_024
+"""Batches of a client without an answer. Beyond it the broker must wait, since it only fills the ledger's queue."""
+
+MAX_EARLY_BLOCKS: Final = 64
+"""Blocks that a client keeps while it fetches the ones before them."""
+
+RESEND_AFTER_S: Final = 2.0
+"""After so long without an answer a client sends again. A commit takes milliseconds; a reconnect resends at once."""

@@ -1,0 +1,315 @@
+"""The ledger's state as rows under keys, and the overlay in which one batch works. Pure.
+
+A key is a tuple (table, …) of ints, names and bytes, a row one of the named tuples below. Rows are never changed in
+place: a batch puts new rows into its `Overlay`, which is dropped if the batch is refused. Rows are encoded as CBOR
+arrays once a batch is through, however often it wrote them: ten thousand deliveries from one asset encode it once.
+
+An asset's row keeps only the slices still *held*, which are few. Each delivered slice is a row of its own, so an asset
+that is split over ten thousand consumers stays cheap. Keys start with the time where rows are many: one interval's rows
+then lie together on disk.
+"""
+
+from collections.abc import Iterator, Mapping
+from hashlib import sha256
+from typing import Any, Final, NamedTuple, Protocol
+
+from broker.ledger.operations import AssetId
+from broker.protocol import cbor
+from broker.protocol.errors import MalformedMessage
+
+PARTY: Final = 1
+"""(PARTY, name) → PartyRow"""
+KEY: Final = 2
+"""(KEY, key id) → KeyRow"""
+DEVICE: Final = 3
+"""(DEVICE, name) → DeviceRow"""
+MANDATES: Final = 4
+"""(MANDATES, device) → MandatesRow"""
+ASSET: Final = 5
+"""(ASSET, start_s, device, carrier, revision) → AssetRow"""
+SLICE: Final = 6
+"""(SLICE, start_s, device, carrier, revision, from_wh) → SliceRow, one delivered slice"""
+OWNED: Final = 7
+"""(OWNED, owner, start_s, device, carrier, revision) → OwnedRow, where the owner holds a slice: an index"""
+DEMAND: Final = 8
+"""(DEMAND, start_s, pseudonym) → DemandRow"""
+TOTAL: Final = 9
+"""(TOTAL, start_s, source) → TotalRow"""
+ORDER: Final = 10
+"""(ORDER, requester, order id) → OrderRow"""
+CLOSED: Final = 11
+"""(CLOSED, broker, start_s) → ClosedRow"""
+CLOCK: Final = 12
+"""(CLOCK, broker) → ClockRow"""
+APPLIED: Final = 13
+"""(APPLIED, submitter, not_after_s, batch id) → AppliedRow, kept until the submitter's clock reaches not_after_s"""
+
+Key = tuple[Any, ...]
+
+KEY_OF_PARTY: Final = 0
+KEY_OF_DEVICE: Final = 1
+
+
+class PartyRow(NamedTuple):
+    role: int
+    cose_key: bytes
+
+
+class KeyRow(NamedTuple):
+    """Whose key this is; `holder` is KEY_OF_PARTY or KEY_OF_DEVICE, whose names do not mix."""
+
+    holder: int
+    name: str
+    cose_key: bytes
+
+
+class DeviceRow(NamedTuple):
+    owner: str
+    meter_key: bytes
+    source: int
+    carrier: int
+    capacity_w: int
+    area: str
+    place: str
+    commissioned_s: int
+
+
+class MandateSpan(NamedTuple):
+    """One mandate: for production intervals that start in [from_s, end_s), open-ended while end_s is None."""
+
+    broker: str
+    from_s: int
+    end_s: int | None
+
+
+class MandatesRow(NamedTuple):
+    spans: tuple[MandateSpan, ...]
+
+
+class Held(NamedTuple):
+    """A slice that an owner holds and has not delivered."""
+
+    from_wh: int
+    to_wh: int
+    owner: str
+
+
+class AssetRow(NamedTuple):
+    """`held` is sorted, disjoint, and adjacent slices of one owner are joined."""
+
+    source: int
+    area: str
+    issued_wh: int
+    delivered_wh: int
+    withdrawn_wh: int
+    expired_wh: int
+    held: tuple[Held, ...]
+
+
+class SliceRow(NamedTuple):
+    to_wh: int
+    broker: str
+    pseudonym: bytes
+    demand_start_s: int
+    line: int
+
+
+class OwnedRow(NamedTuple):
+    source: int
+
+
+class DemandRow(NamedTuple):
+    broker: str
+    demanded_wh: int
+    commitment: bytes
+    delivered_wh: int
+
+
+class TotalRow(NamedTuple):
+    """Wh of one source made in one interval, and where they are now."""
+
+    issued_wh: int
+    held_wh: int
+    delivered_wh: int
+    withdrawn_wh: int
+    expired_wh: int
+
+
+class OrderRow(NamedTuple):
+    """`content` is the id of the one Order message that this order id stands for; None if voided before any use."""
+
+    content: bytes | None
+    used_wh: int
+    voided: bool
+
+
+class ClosedRow(NamedTuple):
+    revision: int
+    demands: int
+    demanded_wh: int
+    root: bytes
+
+
+class ClockRow(NamedTuple):
+    """The end of the last interval that the broker closed."""
+
+    time_s: int
+
+
+class AppliedRow(NamedTuple):
+    """Nothing beyond its key."""
+
+
+Row = (
+    PartyRow
+    | KeyRow
+    | DeviceRow
+    | MandatesRow
+    | AssetRow
+    | SliceRow
+    | OwnedRow
+    | DemandRow
+    | TotalRow
+    | OrderRow
+    | ClosedRow
+    | ClockRow
+    | AppliedRow
+)
+
+_ROWS: Final[Mapping[int, tuple[int, Any]]] = {
+    # table: (items in a key, class of a row)
+    PARTY: (2, PartyRow),
+    KEY: (2, KeyRow),
+    DEVICE: (2, DeviceRow),
+    MANDATES: (2, MandatesRow),
+    ASSET: (5, AssetRow),
+    SLICE: (6, SliceRow),
+    OWNED: (6, OwnedRow),
+    DEMAND: (3, DemandRow),
+    TOTAL: (3, TotalRow),
+    ORDER: (3, OrderRow),
+    CLOSED: (3, ClosedRow),
+    CLOCK: (2, ClockRow),
+    APPLIED: (4, AppliedRow),
+}
+
+ABSENT: Final = cbor.encode(None)
+"""How a row that does not exist stands in the state hash."""
+
+
+_UNWRITTEN: Final = object()
+
+
+def asset_key(asset: AssetId) -> Key:
+    return (ASSET, asset.start_s, asset.device, int(asset.carrier), asset.revision)
+
+
+def encode_row(row: Row | None) -> bytes:
+    """The bytes of a row, ABSENT for None."""
+    return ABSENT if row is None else cbor.encode(row)
+
+
+def decode_key(raw: bytes) -> Key:
+    """A key from its bytes. Raises ValueError if these cannot be a key."""
+    key = _items(raw)
+    if type(key) is not list or not key or type(key[0]) is not int or len(key) != _ROWS.get(key[0], (0,))[0]:
+        raise ValueError(f"{raw.hex()} is no state key")
+    return tuple(key)
+
+
+def decode_row(table: int, raw: bytes) -> Row:
+    """A row of `table` from its bytes. Raises ValueError if these cannot be one."""
+    try:
+        items = _items(raw)
+        if table == ASSET:
+            items[6] = tuple([Held(*held) for held in items[6]])
+        elif table == MANDATES:
+            items[0] = tuple([MandateSpan(*span) for span in items[0]])
+        row: Row = _ROWS[table][1](*items)
+    except (TypeError, IndexError, KeyError) as error:
+        raise ValueError(f"{raw.hex()} is no row of table {table}") from error
+    return row
+
+
+def _items(raw: bytes) -> Any:
+    try:
+        return cbor.decode(raw, "ledger state", len(raw))
+    except MalformedMessage as error:
+        raise ValueError(str(error)) from error
+
+
+def scan_bounds(prefix: Key, low: int, high: int) -> tuple[bytes, bytes]:
+    """The encoded bounds [from, to) of all keys that begin with `prefix` and go on with an integer in [low, high)."""
+    head = bytes((0x80 + _ROWS[prefix[0]][0],))
+    items = cbor.encode(prefix)[1:]
+    return head + items + cbor.encode(low), head + items + cbor.encode(high)
+
+
+def table_bounds(table: int) -> tuple[bytes, bytes]:
+    """The encoded bounds [from, to) of all keys of a table."""
+    head = bytes((0x80 + _ROWS[table][0],))
+    return head + cbor.encode(table), head + cbor.encode(table + 1)
+
+
+class State(Protocol):
+    """Rows by key, as of some moment."""
+
+    def get(self, key: Key) -> Any:
+        """The row under `key`, None if there is none."""
+
+    def scan(self, prefix: Key, low: int, high: int) -> Iterator[Key]:
+        """The keys that begin with `prefix` and go on with an integer in [low, high), in no particular order."""
+
+
+class Overlay:
+    """A state with changes on top: what one batch, or all batches since the last commit, have written."""
+
+    __slots__ = ("_base", "created", "written")
+
+    def __init__(self, base: State) -> None:
+        self._base = base
+        self.written: dict[Key, Row | None] = {}
+        self.created: set[Key] = set()
+
+    def get(self, key: Key) -> Any:
+        row = self.written.get(key, _UNWRITTEN)
+        return self._base.get(key) if row is _UNWRITTEN else row
+
+    def put(self, key: Key, row: Row | None) -> None:
+        """Write a row; None deletes it."""
+        self.written[key] = row
+
+    def create(self, key: Key, row: Row) -> None:
+        """Write a row that cannot exist yet, which spares looking for it."""
+        self.written[key] = row
+        self.created.add(key)
+
+    def scan(self, prefix: Key, low: int, high: int) -> Iterator[Key]:
+        length = len(prefix)
+        for key, row in self.written.items():
+            if row is not None and key[:length] == prefix and low <= key[length] < high:
+                yield key
+        for key in self._base.scan(prefix, low, high):
+            if key not in self.written:
+                yield key
+
+
+def changes_of(overlay: Overlay, base: State) -> list[tuple[bytes, bytes, bytes]]:
+    """What a batch changed, as (key, old row, new row) in ascending order of the key's bytes; ABSENT for no row."""
+    changes = []
+    created = overlay.created
+    for key, row in overlay.written.items():
+        old = ABSENT if key in created else encode_row(base.get(key))
+        new = encode_row(row)
+        if old != new:
+            changes.append((cbor.encode(key), old, new))
+    changes.sort()
+    return changes
+
+
+def state_hash_after(previous: bytes, batch_id: bytes, changes: list[tuple[bytes, bytes, bytes]]) -> bytes:
+    """SHA-256 of the hash before, the batch and every change. Each part delimits itself, being one CBOR item."""
+    parts = [previous, batch_id]
+    for change in changes:
+        parts += change
+    return sha256(b"".join(parts)).digest()

@@ -1,0 +1,211 @@
+"""The ledger's SQLite file: state rows, blocks, the index of batches, and the head. No rule is decided here.
+
+Everything of one commit is written in one transaction, so the file always stands between two commits. Table `state`
+holds one row per key (`WITHOUT ROWID`: the key is the tree, no second copy of it).
+"""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from broker.ledger.chain import Head
+from broker.ledger.limits import CACHED_ROWS
+from broker.ledger.state import SLICE, Key, Row, decode_key, decode_row, scan_bounds
+from broker.protocol import cbor
+
+FILE_NAME: Final = "ledger.sqlite3"
+LOCK_NAME: Final = "ledger.lock"
+FORMAT: Final = 1
+_KEYS_PER_READ: Final = 500  # well under SQLite's limit of bound parameters
+
+_SCHEMA: Final = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE state (key BLOB PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE blocks (height INTEGER PRIMARY KEY, block_id BLOB NOT NULL, raw BLOB NOT NULL);
+CREATE TABLE batches (batch_id BLOB PRIMARY KEY, height INTEGER NOT NULL) WITHOUT ROWID;
+"""
+
+
+class LedgerError(Exception):
+    """A ledger directory that cannot be used as it is. `path` names it, the text says what to do."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+
+class Store:
+    """One open ledger file. Reads go through a bounded cache, which only ever holds committed rows."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._db = connection
+        # Two generations: rows in use move to the young one, and the old one is dropped when the young is full.
+        self._young: dict[Key, Any] = {}
+        self._old: dict[Key, Any] = {}
+
+    @classmethod
+    def create(cls, file: Path, genesis: bytes, head: Head, durable: bool = True) -> "Store":
+        """Make a new ledger file; one that is not durable is for scratch only. Raises sqlite3.Error."""
+        store = cls(_connect(file))
+        if not durable:
+            store._db.execute("PRAGMA synchronous = OFF")
+        store._db.execute("BEGIN IMMEDIATE")
+        for statement in _SCHEMA.split(";")[:-1]:
+            store._db.execute(statement)
+        meta = (("format", bytes((FORMAT,))), ("genesis", genesis), ("head", head.to_bytes()))
+        store._db.executemany("INSERT INTO meta VALUES (?, ?)", meta)
+        store._db.execute("COMMIT")
+        return store
+
+    @classmethod
+    def open(cls, file: Path) -> "Store":
+        """Open a ledger file for writing. Raises sqlite3.Error."""
+        return cls(_connect(file))
+
+    @classmethod
+    def open_read_only(cls, file: Path) -> "Store":
+        """Open a ledger file for reading, also while an engine writes it. Raises sqlite3.Error."""
+        return cls(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None))
+
+    def close(self) -> None:
+        self._db.close()
+
+    # --- state, as the rules read it
+
+    def get(self, key: Key) -> Any:
+        """The committed row under `key`, None if there is none."""
+        if key in self._young:
+            return self._young[key]
+        if key in self._old:
+            row = self._old[key]
+        else:
+            found = self._db.execute("SELECT value FROM state WHERE key = ?", (cbor.encode(key),)).fetchone()
+            row = None if found is None else decode_row(key[0], found[0])
+        self._remember(key, row)
+        return row
+
+    def scan(self, prefix: Key, low: int, high: int) -> Iterator[Key]:
+        """The keys that begin with `prefix` and go on with an integer in [low, high), in the order of their bytes."""
+        for (key,) in self._db.execute(
+            "SELECT key FROM state WHERE key >= ? AND key < ? ORDER BY key", scan_bounds(prefix, low, high)
+        ):
+            yield decode_key(key)
+
+    def prefetch(self, keys: list[Key]) -> None:
+        """Read rows into the cache in one go, absent ones too. One statement costs a fifth of so many single reads."""
+        wanted = {cbor.encode(key): key for key in keys if key not in self._young and key not in self._old}
+        encoded = sorted(wanted)
+        for start in range(0, len(encoded), _KEYS_PER_READ):
+            part = encoded[start : start + _KEYS_PER_READ]
+            marks = ",".join("?" * len(part))
+            found = dict(self._db.execute(f"SELECT key, value FROM state WHERE key IN ({marks})", part))
+            for raw in part:
+                key = wanted[raw]
+                self._remember(key, decode_row(key[0], found[raw]) if raw in found else None)
+
+    def _remember(self, key: Key, row: Any) -> None:
+        if len(self._young) >= CACHED_ROWS:
+            self._old, self._young = self._young, {}
+        self._young[key] = row
+
+    # --- a commit
+
+    def write(
+        self,
+        rows: dict[bytes, bytes | None],
+        cache: dict[Key, Row | None],
+        blocks: list[tuple[int, bytes, bytes]],
+        batches: list[tuple[bytes, int]],
+        head: Head,
+    ) -> None:
+        """Write one commit durably. Raises sqlite3.Error, and then neither file nor cache has changed."""
+        put = sorted((key, value) for key, value in rows.items() if value is not None)
+        gone = sorted((key,) for key, value in rows.items() if value is None)
+        database = self._db
+        database.execute("BEGIN IMMEDIATE")
+        try:
+            database.executemany(
+                "INSERT INTO state VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value", put
+            )
+            database.executemany("DELETE FROM state WHERE key = ?", gone)
+            database.executemany("INSERT INTO blocks VALUES (?, ?, ?)", blocks)
+            database.executemany("INSERT INTO batches VALUES (?, ?)", batches)
+            database.execute("UPDATE meta SET value = ? WHERE name = 'head'", (head.to_bytes(),))
+            database.execute("COMMIT")
+        except sqlite3.Error:
+            if database.in_transaction:
+                database.execute("ROLLBACK")
+            raise
+        for key, row in cache.items():
+            self._old.pop(key, None)
+            # Delivered slices are not read again by the rules and would only push out what is.
+            if key[0] == SLICE:
+                self._young.pop(key, None)
+            else:
+                self._remember(key, row)
+
+    # --- everything else that is stored
+
+    def meta(self, name: str) -> bytes | None:
+        found = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+        return None if found is None else found[0]
+
+    def has_schema(self) -> bool:
+        """False for a file whose making was cut short."""
+        return self._db.execute("SELECT 1 FROM sqlite_schema WHERE name = 'meta'").fetchone() is not None
+
+    def last_block(self) -> tuple[int, bytes, bytes] | None:
+        """(height, block id, sealed block) of the highest block."""
+        found: tuple[int, bytes, bytes] | None = self._db.execute(
+            "SELECT height, block_id, raw FROM blocks ORDER BY height DESC LIMIT 1"
+        ).fetchone()
+        return found
+
+    def height_of(self, batch_id: bytes) -> int | None:
+        """The height of the block that carries this batch, None if there is none."""
+        found = self._db.execute("SELECT height FROM batches WHERE batch_id = ?", (batch_id,)).fetchone()
+        return None if found is None else found[0]
+
+    def blocks(self, from_height: int = 1) -> Iterator[tuple[int, bytes, bytes]]:
+        """(height, block id, sealed block) in ascending order."""
+        yield from self._db.execute(
+            "SELECT height, block_id, raw FROM blocks WHERE height >= ? ORDER BY height", (from_height,)
+        )
+
+    def state_rows(self, first: bytes = b"", end: bytes = b"\xff") -> Iterator[tuple[bytes, bytes]]:
+        """The state rows with keys in [first, end) as bytes, ascending by key; all by default."""
+        yield from self._db.execute(
+            "SELECT key, value FROM state WHERE key >= ? AND key < ? ORDER BY key", (first, end)
+        )
+
+    def batch_rows(self) -> Iterator[tuple[bytes, int]]:
+        """(batch id, height), ascending by id."""
+        yield from self._db.execute("SELECT batch_id, height FROM batches ORDER BY batch_id")
+
+    def meta_rows(self) -> Iterator[tuple[str, bytes]]:
+        yield from self._db.execute("SELECT name, value FROM meta ORDER BY name")
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """What is read inside is of one moment, though an engine goes on writing."""
+        self._db.execute("BEGIN")
+        try:
+            yield
+        finally:
+            self._db.execute("ROLLBACK")
+
+    def integrity_faults(self) -> list[str]:
+        """What SQLite itself finds wrong with the file; empty if nothing."""
+        return [text for (text,) in self._db.execute("PRAGMA integrity_check(10)") if text != "ok"]
+
+
+def _connect(file: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(file, isolation_level=None)
+    connection.execute("PRAGMA journal_mode = WAL")
+    # A commit that was answered survives a power cut: every commit waits for the disk.
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA cache_size = -32768")
+    return connection
