@@ -39,7 +39,7 @@ bench: setup ## measure; a table, and bench-out/bench.json
 	$(BIN)/python tests/bench/run.py
 
 clean: ## remove .venv and everything that demo, tests and benchmarks wrote
-	rm -rf $(VENV) .venv-oracle demo-out demo-out-embedded bench-out build dist *.egg-info
+	rm -rf $(VENV) .venv-oracle .venv-oracle.lock demo-out demo-out-embedded bench-out build dist *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
