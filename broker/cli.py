@@ -9,6 +9,7 @@ import json
 import logging
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
@@ -145,7 +146,7 @@ def _add_ledger(commands: Any) -> None:
     verify.add_argument("path", type=Path, metavar="PATH")
     show = _add(group, "show", "Print what stands on a ledger.", _ledger_show)
     show.add_argument("path", type=Path, metavar="PATH")
-    show.add_argument("what", choices=("blocks", "operations", "assets", "demands", "deliveries", "orders"))
+    show.add_argument("what", choices=("head", "blocks", "operations", "assets", "demands", "deliveries", "orders"))
     show.add_argument("--json", action="store_true", help="one JSON object a line")
     audit = _add(group, "audit", "Print the books of a ledger: per source and interval, as CSV.", _ledger_audit)
     audit.add_argument("path", type=Path, metavar="PATH")
@@ -318,6 +319,7 @@ def _ledger_show(options: argparse.Namespace) -> int:
     from broker.ledger import inspect
 
     views: dict[str, Callable[[Path], Iterable[Any]]] = {
+        "head": lambda path: deque(inspect.blocks(path), maxlen=1),
         "blocks": inspect.blocks,
         "operations": inspect.operations,
         "assets": inspect.assets,
