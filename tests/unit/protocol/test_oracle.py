@@ -1,6 +1,6 @@
 """A COSE library by others verifies our envelopes, and ours opens what it signs.
 
-`cwt` needs cbor2 before 6, so it lives in an environment of its own, .venv-oracle, which the first run makes. Where that
+`cwt` needs cbor2 before 6, so it lives in an environment of its own, .venv-oracle, which the first run makes. Where it
 cannot be made (no network), the test is skipped and says so.
 """
 
