@@ -12,10 +12,10 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from types import FrameType
-from typing import Final
+from typing import Final, Protocol
 
 from broker.config import BrokerConfig, load_genesis, parse_public_key
 from broker.ledger.client import BlockApplied, LedgerClient, TooManyPending
@@ -25,7 +25,7 @@ from broker.protocol.envelope import Signer, open_envelope
 from broker.protocol.errors import ProtocolError
 from broker.protocol.keys import load_private_key, public_key_from_cose
 from broker.protocol.messages import BrokerStatus, Genesis, Report, Stage, Tick
-from broker.protocol.mqtt_link import Incoming, MqttLink
+from broker.protocol.mqtt_link import Incoming, MqttConfig, MqttLink
 from broker.protocol.topics import Topics
 from broker.service.core import Broker
 from broker.service.outputs import Identity, Publication
@@ -61,10 +61,51 @@ def run_broker(config: BrokerConfig) -> int:
     return 0
 
 
-class BrokerService:
-    """Wires a Broker to MQTT, clock, store and ledger."""
+class Link(Protocol):
+    """What the loop needs of an `MqttLink`."""
 
-    def __init__(self, config: BrokerConfig, genesis: Genesis, stack: contextlib.ExitStack) -> None:
+    connected: bool
+    connections: int
+
+    def poll(self, timeout_s: float) -> list[Incoming]: ...
+
+    def publish(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> None: ...
+
+    def acknowledge(self, incoming: Incoming) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def wake(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class OpenLink(Protocol):
+    """Makes the link: MQTT configuration, client id, subscriptions with QoS, and topic and payload of the will."""
+
+    def __call__(
+        self, config: MqttConfig, client_id: str, subscriptions: list[tuple[str, int]], *, will: tuple[str, bytes]
+    ) -> Link: ...
+
+
+class BrokerService:
+    """Wires a Broker to MQTT, clock, store and ledger.
+
+    `monotonic_s` is for time-outs, `calendar_s` is market time where no conductor ticks it. These, link and randomness
+    come from outside, so that a simulation can put its own in their place.
+    """
+
+    def __init__(
+        self,
+        config: BrokerConfig,
+        genesis: Genesis,
+        stack: contextlib.ExitStack,
+        *,
+        open_link: OpenLink = MqttLink,
+        monotonic_s: Callable[[], float] = time.monotonic,
+        calendar_s: Callable[[], float] = time.time,
+        random_bytes: Callable[[int], bytes] = os.urandom,
+    ) -> None:
         key = load_private_key(config.broker.key_file)
         self._name = config.broker.name
         self._topics = Topics(config.mqtt.root)
@@ -79,10 +120,12 @@ class BrokerService:
             self._identity, genesis, self._topics, self._store, neighbours, config.market.highest_price
         )
         self._store.commit()
-        self._client = LedgerClient(genesis, self._name, key, os.urandom, resume=self._store.ledger_cursor())
+        self._monotonic_s = monotonic_s
+        self._calendar_s = calendar_s
+        self._client = LedgerClient(genesis, self._name, key, random_bytes, resume=self._store.ledger_cursor())
         self._gateway = self._open_gateway(config, genesis, stack)
         will = self._identity.seal(BrokerStatus(self._name, False, 0, version("dengen")))
-        self._link = MqttLink(
+        self._link = open_link(
             config.mqtt,
             f"broker-{self._name}",
             self._subscriptions(),
@@ -131,7 +174,7 @@ class BrokerService:
     def turn(self) -> None:
         """Wait for something to do, do it, commit, answer, acknowledge."""
         incoming = self._link.poll(0.0 if self._busy else self._wait_s())
-        now_s = time.monotonic()
+        now_s = self._monotonic_s()
         if self._store.changed_by_others():
             self._broker.registrations_changed()
         self._store.begin()
@@ -140,7 +183,7 @@ class BrokerService:
             self._connections = self._link.connections
             self._on_connect(now_s, answers)
         if not self._simulated:
-            self._broker.set_time(int(time.time()))
+            self._broker.set_time(int(self._calendar_s()))
         for message in incoming:
             self._take(message, answers)
         self._take_ledger_events()
@@ -168,7 +211,7 @@ class BrokerService:
         resend_at_s = self._broker.next_resend_at_s()
         if resend_at_s is None:
             return LONGEST_WAIT_S
-        return min(LONGEST_WAIT_S, max(0.0, resend_at_s - time.monotonic()))
+        return min(LONGEST_WAIT_S, max(0.0, resend_at_s - self._monotonic_s()))
 
     def _resend_due(self, now_s: float) -> bool:
         resend_at_s = self._broker.next_resend_at_s()
@@ -301,7 +344,7 @@ class BrokerService:
     def _publish_status(self, *, online: bool) -> None:
         status = BrokerStatus(self._name, online, self._broker.market_time_s or 0, version("dengen"))
         self._link.publish(self._topics.broker_status(self._name), self._identity.seal(status), retain=True)
-        self._next_status_s = time.monotonic() + STATUS_EVERY_S
+        self._next_status_s = self._monotonic_s() + STATUS_EVERY_S
 
     def say_goodbye(self) -> None:
         """Before a proper stop: the retained status says that this broker is away."""
