@@ -27,6 +27,7 @@ class Holding:
 
 
 def encode_holding(holding: Holding) -> bytes:
+    """One flat array of eight; `holding` in schema/operations.cddl."""
     asset = holding.asset
     return cbor.encode(
         [

@@ -50,6 +50,8 @@ class BlockLine:
 
 @dataclass(frozen=True, slots=True)
 class AssetLine:
+    """One asset: where it came from, and what became of every Wh of it."""
+
     asset: AssetId
     source: Source
     area: str

@@ -201,6 +201,7 @@ _UNWRITTEN: Final = object()
 
 
 def asset_key(asset: AssetId) -> Key:
+    """The state key of an asset; the start first, so that the assets of an interval stand together."""
     return (ASSET, asset.start_s, asset.device, int(asset.carrier), asset.revision)
 
 

@@ -47,6 +47,8 @@ class Unsigned:
 
 @dataclass(frozen=True, slots=True)
 class Boolean:
+    """True or false, never 1 or 0."""
+
     def encode(self, value: Any) -> Any:
         return value
 

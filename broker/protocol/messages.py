@@ -106,11 +106,15 @@ class DeliveryState(IntEnum):
 
 
 class AnswerStatus(IntEnum):
+    """DONE: transfers for the order are on their way. REFUSED: none are, and none will be."""
+
     DONE = 0
     REFUSED = 1
 
 
 class ResultStatus(IntEnum):
+    """COMMITTED: the batch stands in a block. REFUSED: nothing of it does; the same batch may be submitted again."""
+
     COMMITTED = 0
     REFUSED = 1
 
