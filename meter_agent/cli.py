@@ -5,7 +5,6 @@ Exit codes: 0 it worked; 1 it failed while running (a meter that does not answer
 """
 
 import argparse
-import importlib.metadata
 import json
 import logging
 import os
@@ -40,11 +39,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+class _ShowVersion(argparse.Action):
+    """Prints the version and ends."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        # Imported where it is asked for, because it takes a start as long as all of the agent's own modules.
+        from importlib.metadata import version
+
+        print(f"meter-agent {version('dengen')}")
+        parser.exit(EXIT_OK)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="meter-agent", description="Reads meters and reports their intervals to a broker.", epilog=_EXIT_CODES
     )
-    parser.add_argument("--version", action="version", version=f"meter-agent {importlib.metadata.version('dengen')}")
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and end")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add(commands, "run", _run, "measure, seal intervals and report them, until SIGTERM or Ctrl-C")
     read = _add(commands, "read", _read, "read each meter once and print what it shows")
@@ -76,7 +86,7 @@ def _count(text: str) -> int:
 def _run(options: argparse.Namespace) -> int:
     from meter_agent.clock import ConductorClock, SystemClock
     from meter_agent.journal import JournalError
-    from meter_agent.service import Agent
+    from meter_agent.service import Agent, ReaderDied
 
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(message)s")
     config = load_agent_config(options.config)
@@ -96,7 +106,7 @@ def _run(options: argparse.Namespace) -> int:
         signal.signal(number, lambda _number, _frame: agent.stop())
     try:
         agent.run()
-    except JournalError as error:
+    except (JournalError, ReaderDied) as error:
         return _fail(str(error), EXIT_FAILED)
     return EXIT_OK
 

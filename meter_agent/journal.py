@@ -11,7 +11,7 @@ at MAX_NOTES, and on close), so that an SD card sees one transaction an interval
 import contextlib
 import fcntl
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -227,14 +227,15 @@ class Journal:
         count: int = row[0]
         return count
 
-    def waiting(self, limit: int) -> list[WaitingMessage]:
-        """Messages without a receipt, oldest intervals first, everything noted taken into account."""
+    def waiting(self, meters: Sequence[str], limit: int) -> list[WaitingMessage]:
+        """Messages of these meters without a receipt, oldest intervals first, everything noted taken into account."""
         self.flush()
+        places = ", ".join("?" * len(meters))
         with self._errors_named():
             rows = self._db.execute(
-                "SELECT meter, start_s, revision, message_id, message FROM interval WHERE state = 0 "
-                "ORDER BY start_s LIMIT ?",
-                (limit,),
+                "SELECT meter, start_s, revision, message_id, message FROM interval "
+                f"WHERE state = 0 AND meter IN ({places}) ORDER BY start_s LIMIT ?",
+                (*meters, limit),
             ).fetchall()
         return [WaitingMessage(*row) for row in rows]
 

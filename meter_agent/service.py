@@ -42,7 +42,7 @@ MAX_HELD_SAMPLES: Final = 1_024
 """Samples of a meter that wait for the clock to be synchronised; the newest are kept."""
 
 MAX_UNACKNOWLEDGED: Final = 16
-"""Below the 20 messages that mosquitto has under way to one client unless told otherwise."""
+"""Messages that wait for the next commit. Half of what we let the server have under way to us, or it would stop."""
 
 LONGEST_READ_BACK_OFF_S: Final = 60.0
 FIRST_TICK_RETRY_S: Final = 0.2
@@ -104,8 +104,17 @@ class ReaderThread(threading.Thread):
         self._clock = clock
         self._results = results
         self._stop_event = stop
+        self.ended = False
 
     def run(self) -> None:
+        try:
+            self._work()
+        finally:
+            self._reader.close()
+            self.ended = True
+            self._results.wake()
+
+    def _work(self) -> None:
         back_off_s = 0.0
         while not self._stop_event.is_set():
             try:
@@ -116,7 +125,6 @@ class ReaderThread(threading.Thread):
                 back_off_s = min(max(self._period_s, 2 * back_off_s), max(self._period_s, LONGEST_READ_BACK_OFF_S))
             wait_s = back_off_s or self._period_s - self._clock.time_s() % self._period_s
             self._stop_event.wait(wait_s)
-        self._reader.close()
 
 
 class Results:
@@ -125,7 +133,8 @@ class Results:
     def __init__(self, link: MqttLink) -> None:
         self._queue: queue.Queue[tuple[str, Sample | ReadFailure]] = queue.Queue(MAX_QUEUED_SAMPLES)
         self._link = link
-        self._lock = threading.Lock()
+        # Re-entrant, because a signal handler may call `wake` while its own thread is in `close`.
+        self._lock = threading.RLock()
         self._closed = False
 
     def put(self, meter: str, result: Sample | ReadFailure) -> None:
@@ -135,6 +144,12 @@ class Results:
                 return
             self._queue.put_nowait((meter, result))
             self._link.wake()
+
+    def wake(self) -> None:
+        """Make the loop look around."""
+        with self._lock:
+            if not self._closed:
+                self._link.wake()
 
     def close(self) -> None:
         """From here on the link is not woken any more."""
@@ -150,6 +165,14 @@ class Results:
             except queue.Empty:
                 break
         return results
+
+
+class ReaderDied(Exception):
+    """A reader thread ended by an error that nobody foresaw; its traceback stands in the log. `thread` names it."""
+
+    def __init__(self, thread: str) -> None:
+        super().__init__(f"{thread} ended by an unforeseen error; please report the traceback above")
+        self.thread = thread
 
 
 class Agent:
@@ -194,22 +217,32 @@ class Agent:
         self._unacknowledged: list[Incoming] = []
         self._stopping = threading.Event()
         self._next_status_s = 0.0
-        self._link = MqttLink(config.mqtt, f"agent-{self._name}", self._subscriptions(), will=self._will())
+        self._link = MqttLink(
+            config.mqtt,
+            f"agent-{self._name}",
+            self._subscriptions(),
+            will=self._will(),
+            receive_maximum=2 * MAX_UNACKNOWLEDGED,
+        )
         self._results = Results(self._link)
         self._link_was_up = False
         self._logged_failure = ""
 
     def stop(self) -> None:
-        """End `run` soon. From a signal handler or another thread."""
+        """End `run` soon. From a signal handler or another thread, once or more often."""
         self._stopping.set()
-        self._link.wake()
+        self._results.wake()
 
     def run(self) -> None:
-        """Work until stopped. Raises JournalError if the journal cannot be written."""
+        """Work until stopped. Raises JournalError if the journal cannot be written, and ReaderDied."""
         threads = self._start_readers() if self._conductor_clock is None else []
         try:
             while not self._stopping.is_set():
                 self._turn()
+                for thread in threads:
+                    if thread.ended and not self._stopping.is_set():
+                        # Better started anew as a whole than going on without a meter and nobody noticing.
+                        raise ReaderDied(thread.name)
         finally:
             self._shut_down(threads)
 
@@ -391,9 +424,9 @@ class Agent:
     def _refill(self) -> None:
         if not self._more_in_journal or len(self._outbox) > MAX_UNDER_WAY // 2:
             return
-        messages = self._journal.waiting(MAX_UNDER_WAY)
+        messages = self._journal.waiting(list(self._meters), MAX_UNDER_WAY)
         self._more_in_journal = len(messages) == MAX_UNDER_WAY
-        self._outbox.add((m for m in messages if m.meter in self._meters), time.monotonic())
+        self._outbox.add(messages, time.monotonic())
 
     def _send_due(self) -> None:
         if not self._link.connected:

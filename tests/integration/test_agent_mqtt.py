@@ -15,9 +15,10 @@ import pytest
 from dengen_testing.mosquitto import Mosquitto
 from dengen_testing.waiting import wait_until
 
-from broker.protocol.envelope import Signer, open_envelope, seal
+from broker.protocol.envelope import Signer, open_envelope, seal, sealed_id
 from broker.protocol.keys import PrivateKey, generate_private_key, save_private_key
 from broker.protocol.messages import (
+    Carrier,
     Delivery,
     DeliveryState,
     Demand,
@@ -36,10 +37,11 @@ from broker.protocol.mqtt_link import MqttConfig, MqttLink
 from broker.protocol.topics import Topics
 from meter_agent.clock import AgentClock, ConductorClock
 from meter_agent.config import AgentConfig, AgentSettings, MeterConfig, P1Config, PartyKey
-from meter_agent.journal import JournalView
-from meter_agent.outbox import OutboxState, Pace
+from meter_agent.intervals import Anchor, Boundary, MeterState, SealedInterval
+from meter_agent.journal import Journal, JournalView, OutboxRow
+from meter_agent.outbox import MAX_UNDER_WAY, OutboxState, Pace
 from meter_agent.readings import MeterReader, ReadFailure, Sample
-from meter_agent.service import Agent
+from meter_agent.service import Agent, ReaderDied
 
 pytestmark = pytest.mark.integration
 
@@ -164,7 +166,8 @@ class StubReader:
 class FastClock:
     """Calendar time that runs 6000 times as fast as real time: an interval takes 0.3 s."""
 
-    def __init__(self) -> None:
+    def __init__(self, synchronised: bool = True) -> None:
+        self.synchronised = synchronised
         self._start_s = time.monotonic()
 
     def monotonic_s(self) -> float:
@@ -174,7 +177,7 @@ class FastClock:
         return T0 - 300 + self.monotonic_s()
 
     def trusted(self) -> bool:
-        return True
+        return self.synchronised
 
 
 class World:
@@ -216,7 +219,7 @@ class World:
         clock = clock or ConductorClock()
         stubs = {name: StubReader(name, clock) for name in self.meters}
         readers: dict[str, MeterReader] = dict(stubs)
-        agent = Agent(self.config(conductor), readers, clock, Pace(0.1, 1.0, 2.0))
+        agent = Agent(self.config(conductor), readers, clock, None if conductor else Pace(0.1, 1.0, 2.0))
         thread = threading.Thread(target=agent.run)
         thread.start()
         try:
@@ -392,12 +395,84 @@ def test_on_a_running_clock_measuring_goes_on_without_a_server_and_catches_up(
         mosquitto.kill()
         wait_until(lambda: clock.time_s() > T0 + 5 * 1800 + 600, "five intervals")
         mosquitto.restart()
-        wait_until(lambda: set(world.broker.energies()) >= {1800 * n for n in range(5)}, "the intervals", limit_s=30)
-    last = max(world.broker.energies())
-    assert set(world.broker.energies()) == set(range(0, last + 1, 1800))
-    # A Wh less or more by interpolation between samples a few calendar minutes apart, but none lost in sum.
-    assert abs(sum(world.broker.energies().values()) - 500 * (last // 1800 + 1)) <= 1
+        end_s = clock.time_s()
+        wait_until(lambda: len(_without_gap(world.broker, end_s)) >= 5, "every interval of the outage", limit_s=30)
+    starts = _without_gap(world.broker, end_s)
+    # The power is constant, so what is interpolated is right to the Wh, and none is lost in sum.
+    assert abs(sum(world.broker.energies()[start] for start in starts) - 500 * len(starts)) <= 1
     wait_until(lambda: not world.broker.statuses[-1].online, "the last status to say offline")
+
+
+def _without_gap(broker: FakeBroker, end_s: float) -> list[int]:
+    """The starts of all intervals from the first to the one that ended before `end_s`; empty if one of them lacks."""
+    starts = sorted(broker.energies())
+    expected = list(range(starts[0], int(end_s - T0) - 1800, 1800)) if starts else []
+    return expected if set(expected) <= set(starts) else []
+
+
+def test_nothing_is_sealed_before_the_clock_is_synchronised_and_then_nothing_is_lost(world: World) -> None:
+    clock = FastClock(synchronised=False)
+    with world.agent(clock):
+        wait_until(lambda: clock.time_s() > T0 + 3 * 1800, "three intervals")
+        assert world.broker.values == []
+        assert any("NTP" in (status.fault or "") for status in world.broker.statuses)
+        clock.synchronised = True
+        wait_until(lambda: len(world.broker.energies()) >= 3, "the intervals")
+        # The first of them ended long before the clock was right.
+        assert min(world.broker.energies()) <= 1800
+        wait_until(lambda: world.broker.statuses[-1].fault is None, "a status without fault")
+    # What was read meanwhile was kept, so the boundaries lie between close samples.
+    assert {value.quality for value in world.broker.values} <= {Quality.INTERPOLATED, Quality.MEASURED}
+
+
+def test_a_long_backlog_goes_through_a_short_memory(world: World) -> None:
+    many = 2 * MAX_UNDER_WAY + 50
+    journal = Journal(world.folder / "data", 92)
+    rows = []
+    for number in range(many):
+        start_s = T0 + 1800 * number
+        interval = SealedInterval(start_s, start_s + 1800, number, Quality.MEASURED, None)
+        demand = Demand("house", start_s, start_s + 1800, 0, number, Quality.MEASURED, Carrier.ELECTRICITY)
+        raw = seal(demand, world.keys["house"], LEDGER, "house")
+        rows.append(OutboxRow(interval, 0, sealed_id(raw, LEDGER, "house"), raw))
+    end_s = T0 + 1800 * many
+    boundary = Boundary(end_s, 0, Quality.MEASURED, end_s, end_s)
+    journal.seal("house", MeterState(Anchor(end_s * 1_000_000, None, 0, 0, None), boundary, end_s), rows)
+    journal.close()
+    with world.agent():
+        wait_until(lambda: len(world.broker.energies()) == many, "all intervals")
+        world.tick_and_settle(end_s)
+    assert world.broker.energies() == {1800 * number: number for number in range(many)}
+    journal = Journal(world.folder / "data", 92)
+    assert journal.waiting_count("house") == 0
+    journal.close()
+
+
+def test_many_deliveries_between_two_intervals_do_not_block_the_receipts(world: World) -> None:
+    with world.agent():
+        world.tick_and_settle(T0)
+        for number in range(60):
+            start_s = T0 - 1800 * (number + 1)
+            delivery = Delivery("house", start_s, start_s + 1800, 0, 5, 5, DeliveryState.FINAL, ())
+            world.broker.say("house", "delivery", delivery)
+        world.tick_and_settle(T0 + 1800)
+    view = JournalView(world.folder / "data")
+    assert len(view.deliveries("house", 100)) == 60
+    view.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_reader_that_dies_by_an_unforeseen_error_ends_the_agent(world: World) -> None:
+    class Broken(StubReader):
+        def sample(self) -> Sample:
+            raise ZeroDivisionError
+
+    clock = FastClock()
+    readers = {name: Broken(name, clock) for name in world.meters}
+    agent = Agent(world.config(False), readers, clock)
+    with pytest.raises(ReaderDied, match="reader-"):
+        agent.run()
+    assert all(reader.closed for reader in readers.values())
 
 
 def test_the_server_says_offline_for_an_agent_that_vanished(world: World) -> None:

@@ -51,7 +51,7 @@ def test_what_was_sealed_is_there_after_reopening(tmp_path: Path) -> None:
     journal.close()
     journal = Journal(tmp_path, 10)
     assert journal.load("house") == _state(1)
-    assert [m.message for m in journal.waiting(10)] == [b"message 1"]
+    assert [m.message for m in journal.waiting(["house"], 10)] == [b"message 1"]
     assert journal.waiting_count("house") == 1
     journal.close()
 
@@ -70,8 +70,8 @@ def test_messages_wait_oldest_first_until_their_first_answer(tmp_path: Path) -> 
         _seal(journal, number)
     journal.note_answer("house", T0, 0, OutboxState.CONFLICT, b"first receipt")
     journal.note_answer("house", T0, 0, OutboxState.ACCEPTED, b"second receipt")
-    assert [m.message for m in journal.waiting(10)] == [b"message 2", b"message 3"]
-    assert [m.message for m in journal.waiting(1)] == [b"message 2"]
+    assert [m.message for m in journal.waiting(["house"], 10)] == [b"message 2", b"message 3"]
+    assert [m.message for m in journal.waiting(["house"], 1)] == [b"message 2"]
     journal.close()
     view = JournalView(tmp_path)
     assert [(r.state, r.receipt) for r in view.intervals("house", 10)] == [
@@ -80,6 +80,14 @@ def test_messages_wait_oldest_first_until_their_first_answer(tmp_path: Path) -> 
         (OutboxState.CONFLICT, b"first receipt"),
     ]
     view.close()
+
+
+def test_messages_of_a_meter_that_is_no_longer_configured_do_not_stand_in_the_way(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, 10)
+    _seal(journal, 1, "gone")
+    _seal(journal, 2, "house")
+    assert [m.message for m in journal.waiting(["house", "roof"], 1)] == [b"message 2"]
+    journal.close()
 
 
 def test_the_same_interval_is_never_stored_twice(tmp_path: Path) -> None:
