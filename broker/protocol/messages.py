@@ -106,7 +106,7 @@ class DeliveryState(IntEnum):
 
 
 class AnswerStatus(IntEnum):
-    """DONE: transfers for the order are on their way. REFUSED: none are, and none will be."""
+    """DONE: the supplier saw its transfer on the ledger. REFUSED: nothing will come under this order."""
 
     DONE = 0
     REFUSED = 1
