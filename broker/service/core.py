@@ -112,7 +112,7 @@ class Broker:
             highest_price,
         )
         self._readings: list[Accepted] = []
-        self._loaded = False
+        self._holdings_height: int | None = None
         self._stopped = False
         self._refill = False
         self._statements_waiting = bool(store.statements(WorkState.WAITING))
@@ -127,7 +127,7 @@ class Broker:
     def idle(self) -> bool:
         """True when all that market time and messages asked for is done, committed and answered."""
         return (
-            self._loaded
+            self._holdings_height is not None
             and not self._desk.waiting
             and not self._readings
             and not self._statements_waiting
@@ -242,7 +242,7 @@ class Broker:
         """Something that the ledger client saw."""
         match event:
             case HoldingsLoaded():
-                self._load_stock(event.holdings)
+                self._load_stock(event.height, event.holdings)
             case BatchCommitted():
                 self._committed(event)
             case BatchRefused():
@@ -258,7 +258,7 @@ class Broker:
                     " nothing more until an operator has compared checkpoints and restarted it"
                 )
 
-    def _load_stock(self, holdings: tuple[Holding, ...]) -> None:
+    def _load_stock(self, height: int, holdings: tuple[Holding, ...]) -> None:
         """All that the ledger says we own, less what our unanswered batches give away."""
         self._stock.drop_all()
         for holding in holdings:
@@ -268,8 +268,12 @@ class Broker:
                 key = (asset.device, int(asset.carrier), asset.start_s, asset.revision)
                 if self._stock.holds(key, from_wh, to_wh):
                     self._stock.remove(key, from_wh, to_wh)
-        self._loaded = True
+        self._holdings_height = height
         self._refill = True
+
+    def _in_holdings(self, height: int) -> bool:
+        """True if what a block of that height did to our stock is, or will be, part of the loaded holdings."""
+        return self._holdings_height is None or height <= self._holdings_height
 
     def _as_slice(self, asset: AssetId, source: Source, from_wh: int, to_wh: int) -> HeldSlice:
         device = self._registry.device(asset.device)
@@ -289,21 +293,20 @@ class Broker:
             case BatchKind.STATEMENTS:
                 self._finish_statements(_operations_of(batch.raw), WorkState.COMMITTED, None)
             case BatchKind.PROVIDE:
-                self._add_provided(_operations_of(batch.raw))
+                if not self._in_holdings(event.height):
+                    self._add_provided(_operations_of(batch.raw))
+                self._refill = True
             case BatchKind.SUPPLY:
                 self._neighbours.supply_finished(batch, committed=True, reason=None)
             case BatchKind.DELIVER | BatchKind.CLOSE:
                 self._cycle.committed(batch)
 
     def _add_provided(self, operations: list[Operation]) -> None:
-        if not self._loaded:
-            return  # The holdings that are being loaded include it.
         for operation in operations:
             if isinstance(operation, Transfer):
                 device = self._registry.device(operation.asset.device)
                 if device is not None:
                     self._stock.add(self._as_slice(operation.asset, device.source, operation.from_wh, operation.to_wh))
-        self._refill = True
 
     def _refused(self, event: BatchRefused) -> None:
         waiting = {row.batch_id: row for row in self._desk.waiting}
@@ -336,7 +339,7 @@ class Broker:
         """What a refused batch would have given away is still ours."""
         for asset, from_wh, to_wh in _given_away(operations, self._identity.name):
             source = self._source_of(asset)
-            if source is not None and self._loaded:
+            if source is not None and self._holdings_height is not None:
                 self._stock.add(self._as_slice(asset, source, from_wh, to_wh))
 
     def _source_of(self, asset: AssetId) -> Source | None:
@@ -352,9 +355,8 @@ class Broker:
         for operation in event.operations:
             if isinstance(operation, Transfer) and operation.receiver == self._identity.name and operation.order:
                 order = Order.from_payload(parse(operation.order).payload)
-                self._neighbours.transfer_seen(
-                    operation.sender, operation, order.order_id, order.source, into_stock=self._loaded
-                )
+                in_stock = self._in_holdings(event.height)
+                self._neighbours.transfer_seen(operation.sender, operation, order, in_stock=in_stock)
                 self._refill = True
 
     # What is due
@@ -363,7 +365,7 @@ class Broker:
         """Do everything that can be done now. `now_s` is network time, for time-outs only."""
         self._submit_statements()
         self._provide()
-        if self._stopped or not self._loaded or self.market_time_s is None:
+        if self._stopped or self._holdings_height is None or self.market_time_s is None:
             return
         while self._step(now_s):
             pass

@@ -179,12 +179,10 @@ class Neighbours:
         else:
             self._move_out(row, RequesterEvent.ANSWERED_REFUSED, row.seen_wh, row.answered_wh, answer.reason)
 
-    def transfer_seen(
-        self, sender: str, transfer: Transfer, order_id: bytes, source: Source, *, into_stock: bool
-    ) -> None:
+    def transfer_seen(self, sender: str, transfer: Transfer, order: Order, *, in_stock: bool) -> None:
         """The feed shows a transfer to us under an order: the energy is ours.
 
-        `into_stock` is False while the ledger's holdings are being loaded, which include it.
+        `in_stock`: the holdings that the ledger gave, or is giving, include it.
         """
         asset = transfer.asset
         row = PurchaseRow(
@@ -195,19 +193,23 @@ class Neighbours:
             transfer.to_wh,
             sender,
             transfer.price,
-            order_id,
+            order.order_id,
         )
         if not self._store.add_purchase(row):
             return
-        end_s = asset.start_s + self._calendar.interval_s
-        key = (asset.device, int(asset.carrier), asset.start_s, asset.revision)
-        self._stock.add(HeldSlice(key, source, asset.start_s, end_s, transfer.from_wh, transfer.to_wh, transfer.price))
-        order = self._store.order_out(order_id)
-        if order is None:
+        if not in_stock:
+            key = (asset.device, int(asset.carrier), asset.start_s, asset.revision)
+            self._stock.add(
+                HeldSlice(
+                    key, order.source, order.start_s, order.end_s, transfer.from_wh, transfer.to_wh, transfer.price
+                )
+            )
+        asked = self._store.order_out(order.order_id)
+        if asked is None:
             self._outputs.complain(f"{sender} transferred energy under an order that this broker does not know")
             return
-        seen_wh = order.seen_wh + transfer.to_wh - transfer.from_wh
-        self._move_out(order, RequesterEvent.TRANSFER_SEEN, seen_wh, order.answered_wh, None)
+        seen_wh = asked.seen_wh + transfer.to_wh - transfer.from_wh
+        self._move_out(asked, RequesterEvent.TRANSFER_SEEN, seen_wh, asked.answered_wh, None)
 
     def give_up(self, start_s: int) -> list[bytes]:
         """Gate 2: end the orders of an interval that are still open. Returns their ids, for voids on the ledger."""

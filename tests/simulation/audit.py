@@ -1,0 +1,204 @@
+"""Holds a finished run against the ledger's own blocks, with books kept here in the plainest way.
+
+Nothing of `broker.ledger.rules` or its state is used: blocks are opened, operations are read, and every Wh is moved
+through a dictionary. What the brokers' stores and the meters say must come to the same.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from support.ledger_world import key
+
+from broker.ledger.embedded import EmbeddedLedger
+from broker.ledger.operations import Close, Deliver, Issue, Operation, Transfer, Void, decode_operation
+from broker.protocol.envelope import Signer, open_envelope, parse
+from broker.protocol.messages import Batch, Block, MessageType, Order, Reading
+from broker.protocol.sources import Source
+from broker.service.store import BrokerStore, IntervalState, WorkState
+from simulation.world import LEDGER, Books, World
+
+AssetName = tuple[str, int]
+"""(device, start of the interval)."""
+
+
+@dataclass(slots=True)
+class Accounts:
+    """Who owns each Wh, and what was said on the ledger. A Wh is (device, interval, number)."""
+
+    owner: dict[tuple[str, int, int], str] = field(default_factory=dict)
+    delivered_to: dict[tuple[str, int, int], bytes] = field(default_factory=dict)
+    issued_wh: Counter[AssetName] = field(default_factory=Counter)
+    demanded_wh: dict[tuple[int, bytes], int] = field(default_factory=dict)
+    given_wh: Counter[tuple[int, bytes]] = field(default_factory=Counter)
+    under_order_wh: Counter[bytes] = field(default_factory=Counter)
+    orders: dict[bytes, Order] = field(default_factory=dict)
+    ended: set[bytes] = field(default_factory=set)
+    closed: dict[tuple[str, int], list[Close]] = field(default_factory=dict)
+
+
+def check(world: World, books: Books) -> Accounts:
+    """All invariants of a run that is over and whose brokers are stopped. Raises AssertionError."""
+    accounts = _replay(world)
+    _check_demands(world, books, accounts)
+    _check_receipts(world)
+    _check_readings(world, accounts)
+    _check_orders(world, accounts)
+    _check_holdings(world, books, accounts)
+    _check_closes(world, accounts)
+    return accounts
+
+
+def _replay(world: World) -> Accounts:
+    ledger = EmbeddedLedger(world.folder / "ledger", world.genesis, "node", key("node"))
+    accounts = Accounts()
+    try:
+        signer = Signer("node", key("node").public)
+        for raw in ledger.blocks(1):
+            block = open_envelope(raw, LEDGER, lambda _key_id: signer).message
+            assert isinstance(block, Block)
+            for raw_batch in block.batches:
+                envelope = parse(raw_batch)
+                sender = next(name for name in world.brokers if key(name).public.key_id == envelope.key_id)
+                for encoded in Batch.from_payload(envelope.payload).operations:
+                    _apply(accounts, sender, decode_operation(encoded))
+    finally:
+        ledger.close()
+    return accounts
+
+
+def _apply(accounts: Accounts, sender: str, operation: Operation) -> None:
+    if isinstance(operation, Issue):
+        reading = Reading.from_payload(parse(operation.statement).payload)
+        asset = (reading.meter, reading.start_s)
+        assert asset not in accounts.issued_wh, f"{asset} is issued twice"
+        accounts.issued_wh[asset] = reading.energy_wh
+        for number in range(reading.energy_wh):
+            accounts.owner[(*asset, number)] = "provider"
+    elif isinstance(operation, Transfer):
+        device, start_s = operation.asset.device, operation.asset.start_s
+        owner_before = operation.sender if operation.sender == sender else "provider"
+        for number in range(operation.from_wh, operation.to_wh):
+            assert accounts.owner[device, start_s, number] == owner_before
+            accounts.owner[device, start_s, number] = operation.receiver
+        if operation.order is not None:
+            order = Order.from_payload(parse(operation.order).payload)
+            assert accounts.orders.setdefault(order.order_id, order) == order
+            assert order.order_id not in accounts.ended, "a transfer under an order that had ended"
+            accounts.under_order_wh[order.order_id] += operation.to_wh - operation.from_wh
+            assert accounts.under_order_wh[order.order_id] <= order.energy_wh
+    elif isinstance(operation, Deliver):
+        demand = (operation.start_s, operation.pseudonym)
+        assert accounts.demanded_wh.setdefault(demand, operation.demanded_wh) == operation.demanded_wh
+        for item in operation.slices:
+            assert item.asset.start_s == operation.start_s
+            for number in range(item.from_wh, item.to_wh):
+                wh = (item.asset.device, item.asset.start_s, number)
+                assert accounts.owner[wh] == sender, "delivered by somebody who does not own it"
+                assert wh not in accounts.delivered_to, "delivered twice"
+                accounts.delivered_to[wh] = operation.pseudonym
+            accounts.given_wh[demand] += item.to_wh - item.from_wh
+        assert accounts.given_wh[demand] <= operation.demanded_wh
+    elif isinstance(operation, Close):
+        revisions = accounts.closed.setdefault((sender, operation.start_s), [])
+        assert operation.revision == len(revisions)
+        revisions.append(operation)
+        for order_id, order in accounts.orders.items():
+            if (order.requester, order.start_s) == (sender, operation.start_s):
+                accounts.ended.add(order_id)
+    elif isinstance(operation, Void):
+        accounts.ended.add(operation.order_id)
+
+
+def _stores(world: World) -> dict[str, BrokerStore]:
+    return {name: BrokerStore(process.config.database) for name, process in world.brokers.items()}
+
+
+def _check_demands(world: World, books: Books, accounts: Accounts) -> None:
+    """Delivered + unmatched = demanded, in the store, on the ledger and as the meter was told."""
+    delivered_wh: Counter[tuple[str, int]] = Counter()
+    for (meter, start_s, _), energy_wh in books.delivered_wh.items():
+        delivered_wh[meter, start_s] += energy_wh
+    seen = set()
+    for store in _stores(world).values():
+        for row in store.all_messages(MessageType.DEMAND):
+            assert row.pseudonym is not None
+            place = (row.meter, row.start_s)
+            on_ledger = (row.start_s, row.pseudonym)
+            seen.add(on_ledger)
+            assert delivered_wh[place] + books.unmatched_wh[place] == row.energy_wh, place
+            assert accounts.given_wh[on_ledger] == delivered_wh[place], f"{place}: store and ledger differ"
+            closed_s = store.last_interval(IntervalState.CLOSED)
+            if row.energy_wh and closed_s is not None and row.start_s <= closed_s:
+                assert accounts.demanded_wh[on_ledger] == row.energy_wh, f"{place} is not on the ledger"
+                told = world.meters[row.meter].final.get(row.start_s)
+                if told is not None:
+                    assert told.unmatched_wh >= books.unmatched_wh[place]
+        store.close()
+    assert set(accounts.demanded_wh) <= seen, "the ledger has demands that no broker accepted"
+
+
+def _check_receipts(world: World) -> None:
+    """What a receipt was given for is in the store, once."""
+    stores = _stores(world)
+    for meter in world.meters.values():
+        kept = [row for row in stores[meter.broker].all_messages(meter.kind) if row.meter == meter.name]
+        assert {row.message_id for row in kept} >= set(meter.receipts), f"{meter.name}: receipted and lost"
+        assert len({row.start_s for row in kept}) == len(kept)
+    for store in stores.values():
+        store.close()
+
+
+def _check_readings(world: World, accounts: Accounts) -> None:
+    """Every accepted reading is issued, once and in full, and belongs to the broker under mandate or those after it."""
+    for store in _stores(world).values():
+        for row in store.all_messages(MessageType.READING):
+            if row.refusal is None:
+                assert accounts.issued_wh[row.meter, row.start_s] == row.energy_wh, f"{row.meter} at {row.start_s}"
+        assert not store.waiting_batches()
+        assert not store.statements(WorkState.WAITING)
+        store.close()
+    assert "provider" not in accounts.owner.values()
+
+
+def _check_orders(world: World, accounts: Accounts) -> None:
+    """Every order has ended, once, and both sides saw what the ledger saw."""
+    stores = _stores(world)
+    for name, store in stores.items():
+        for order in store.all_orders_out():
+            assert order.state != "asked", f"{name}: an order to {order.neighbour} never ended"
+            assert order.seen_wh == accounts.under_order_wh[order.order_id], f"{name}: {order.state}"
+            other = next(
+                (
+                    row
+                    for row in stores[order.neighbour].orders_in(order.start_s)
+                    if (row.requester, row.order_id) == (name, order.order_id)
+                ),
+                None,
+            )
+            if other is not None:
+                assert other.state in ("refused", "committed", "dead"), f"{order.neighbour}: {other.state}"
+                assert (other.granted_wh if other.state == "committed" else 0) == order.seen_wh
+    for store in stores.values():
+        store.close()
+
+
+def _check_holdings(world: World, books: Books, accounts: Accounts) -> None:
+    """Issued = held + delivered for each asset, and the brokers' stocks are what the ledger says that they hold."""
+    source_of = {plan.device: plan.source for plan in world.plan.devices}
+    held: Counter[tuple[str, int, str]] = Counter()
+    for (device, start_s, number), owner in accounts.owner.items():
+        if (device, start_s, number) not in accounts.delivered_to:
+            held[owner, start_s, Source(source_of[device]).label] += 1
+    assert sum(accounts.issued_wh.values()) == sum(held.values()) + len(accounts.delivered_to)
+    assert dict(held) == books.kept_wh
+
+
+def _check_closes(world: World, accounts: Accounts) -> None:
+    """The last close of each interval counts all its demands."""
+    for name, store in _stores(world).items():
+        for (broker, start_s), revisions in accounts.closed.items():
+            if broker == name:
+                demands = list(store.messages(start_s, MessageType.DEMAND))
+                assert revisions[-1].demands == len(demands)
+                assert revisions[-1].demanded_wh == sum(row.energy_wh for row in demands)
+        store.close()
