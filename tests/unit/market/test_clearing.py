@@ -110,6 +110,13 @@ def test_what_one_line_cannot_get_of_the_rest_falls_to_the_other_lines() -> None
     assert result.taken == ((Taken(0, SOLAR, 40), Taken(1, WIND, 25), Taken(2, HYDRO, 30)),)
 
 
+def test_a_line_that_runs_out_while_it_is_raised_leaves_its_part_to_the_next_round() -> None:
+    lines = contract(("solar", 40), ("wind", 20), ("hydro", 20), ("nuclear", 20))
+    # Wind and hydro are to share the 15 Wh that solar lacks as 8 and 7, but there are only 2 more Wh of wind.
+    result = settle([demand("a", 100, lines, (30, 5, 5, 60))], {SOLAR: 15, WIND: 7, HYDRO: 500, NUCLEAR: 500})
+    assert result.taken == ((Taken(0, SOLAR, 15), Taken(1, WIND, 7), Taken(2, HYDRO, 18), Taken(3, NUCLEAR, 60)),)
+
+
 def test_raising_never_exceeds_what_the_short_line_left_over() -> None:
     lines = contract(("solar", 40), ("wind", 20), ("hydro", 20), ("nuclear", 20))
     # Nuclear catches up; solar gets 15 of its 30, so wind and hydro (15 below each) share 15.

@@ -75,8 +75,10 @@ def test_given_back_slices_are_taken_again_first_and_whole() -> None:
     assert stock.take(Source.SOLAR, 0, 60) == [piece(ROOF, 0, 60)]
 
 
-def test_slices_of_different_prices_stay_apart() -> None:
-    stock = stock_of(piece(ROOF, 0, 10, price=1), piece(ROOF, 10, 20, price=2))
+@pytest.mark.parametrize("step", [1, -1])
+def test_slices_of_different_prices_stay_apart(step: int) -> None:
+    pieces = [piece(ROOF, 0, 10, price=1), piece(ROOF, 10, 20, price=2)]
+    stock = stock_of(*pieces[::step])
     assert stock.take(Source.SOLAR, 0, 15) == [piece(ROOF, 0, 10, price=1), piece(ROOF, 10, 15, price=2)]
 
 
@@ -85,6 +87,17 @@ def test_removing_cuts_a_range_out_of_the_middle() -> None:
     stock.remove(ROOF, 40, 60)
     assert stock.available(FIRST) == {Source.SOLAR: 80}
     assert stock.take(Source.SOLAR, 0, 80) == [piece(ROOF, 0, 40), piece(ROOF, 60, 100, price=11)]
+
+
+def test_removing_from_one_of_several_slices_leaves_all_others_in_order() -> None:
+    stock = stock_of(piece(ROOF, 0, 10), piece(ROOF, 20, 30), piece(ROOF, 40, 50))
+    stock.remove(ROOF, 22, 25)
+    assert stock.take(Source.SOLAR, 0, 27) == [
+        piece(ROOF, 0, 10),
+        piece(ROOF, 20, 22),
+        piece(ROOF, 25, 30),
+        piece(ROOF, 40, 50),
+    ]
 
 
 @pytest.mark.parametrize(
