@@ -81,7 +81,7 @@ def test_pymodbus_reads_the_rtu_meter_on_its_pseudo_terminal(street: Street) -> 
     assert client.connect()
     # 1.5 kWh exported is 3FC00000 as a float.
     assert client.read_input_registers(0x4A, count=2, device_id=7).registers == [0x3FC0, 0x0000]
-    assert client.read_holding_registers(0x4A, count=2, device_id=7).exception_code == 1
+    assert client.read_holding_registers(0x4A, count=2, device_id=7).exception_code == 2
     client.close()
 
 

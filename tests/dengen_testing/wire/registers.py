@@ -49,7 +49,8 @@ def sdm630(state: MeterState) -> RegisterImage:
     """Eastron SDM630, function code 4: f32, counters in kWh, power in W; parameters that are not measured are zero.
 
     "SDM630 Modbus Protocol Implementation": 30053 total system power 0x0034, 30073 total import 0x0048, 30075 total
-    export 0x004A, 30343 import + export 0x0156.
+    export 0x004A, 30343 import + export 0x0156. The serial number, function code 3, stands at 0xFC00 in
+    https://github.com/nmakel/sdm_modbus.
     """
     return _sdm(state, power_address=0x34)
 
@@ -63,7 +64,7 @@ def abb_b23(state: MeterState) -> RegisterImage:
     """ABB B21, B23 and B24, function code 3: counters u64 in 0.01 kWh, power s32 in 0.01 W.
 
     "B23/B24 User Manual" 2CMC485003M0201, mapping tables: 0x5000 active import, 0x5004 active export, 0x5008 active
-    net (signed), 0x5B14 active power total.
+    net (signed), 0x5B14 active power total, 0x8900 serial number.
     """
     counters = struct.pack(
         ">QQq", state.import_wh // 10, state.export_wh // 10, (state.import_wh - state.export_wh) // 10
@@ -72,6 +73,7 @@ def abb_b23(state: MeterState) -> RegisterImage:
         (
             Block(READ_HOLDING_REGISTERS, 0x5000, counters),
             Block(READ_HOLDING_REGISTERS, 0x5B14, struct.pack(">i", 100 * state.power_w)),
+            Block(READ_HOLDING_REGISTERS, 0x8900, struct.pack(">I", state.serial)),
         )
     )
 
@@ -150,4 +152,10 @@ def _sdm(state: MeterState, power_address: int) -> RegisterImage:
     ):
         struct.pack_into(">f", values, 2 * address, value)
     # The manuals of the family allow 30 parameters a request (https://www.easymanua.ls/eastron/sdm72d-m/manual?p=14).
-    return RegisterImage((Block(READ_INPUT_REGISTERS, 0, bytes(values)),), max_registers=60)
+    return RegisterImage(
+        (
+            Block(READ_INPUT_REGISTERS, 0, bytes(values)),
+            Block(READ_HOLDING_REGISTERS, 0xFC00, struct.pack(">I", state.serial)),
+        ),
+        max_registers=60,
+    )

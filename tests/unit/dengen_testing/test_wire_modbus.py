@@ -151,6 +151,7 @@ def test_sdm630_and_sdm120_registers() -> None:
     assert image.read(4, 0x0034, 2) == h("44 BB 80 00")
     assert image.read(4, 0x0046, 2) == h("42 48 00 00")
     assert image.read(4, 0x000C, 2) == h("00 00 00 00")
+    assert image.read(3, 0xFC00, 2) == h("00 01 23 45")
     assert image.read(4, 0x0000, 61) == 0x03
     assert sdm120(counted).read(4, 0x000C, 2) == h("44 BB 80 00")
     assert sdm120(counted).read(4, 0x0048, 4) == h("44 9A 52 25  3F 80 00 00")
@@ -161,6 +162,7 @@ def test_abb_b23_registers() -> None:
     # 1234.56 kWh, 0.09 kWh, 1234.47 kWh, -1500.00 W
     assert image.read(3, 0x5000, 12) == h("00000000 0001E240  00000000 00000009  00000000 0001E237")
     assert image.read(3, 0x5B14, 2) == h("FF FD B6 10")
+    assert image.read(3, 0x8900, 2) == h("00 01 23 45")
 
 
 def test_sunspec_inverter_registers() -> None:

@@ -1,0 +1,141 @@
+"""The demo: a week of real readings through agents, two brokers and a ledger, in less than a minute.
+
+    python deploy/demo/run.py [--ledger embedded] [--out demo-out] [--serve]
+
+Everything runs as a process of its own on this machine: a mosquitto, two brokers (one hosts the ledger), an agent for
+each meter, and a street of meters that are simulated only at the wire. `scenario.py` says who takes part. Keys, genesis
+and contracts are made afresh. Results go to `--out`: summary.json, ledger/, trust.json. Exit codes: 0 all of it ran and
+the ledger verifies, 1 not, 2 wrong usage or something missing on this machine.
+"""
+
+import argparse
+import json
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any, Final
+
+from dengen_testing.books import summarize
+from dengen_testing.conductor import ConductorStalled
+from dengen_testing.market import CommandFailed, Market, MarketPlan, Workspace, build_market, energy_broker
+from dengen_testing.mosquitto import Mosquitto, MosquittoMissing
+from dengen_testing.processes import ProcessEnded
+from dengen_testing.waiting import WaitedTooLong
+from scenario import demo_plan
+from table import progress_line, summary_table
+
+from broker.protocol.messages import Tick
+
+LOCAL_TIME: Final = timezone(timedelta(hours=10))
+PROGRESS_EVERY_S: Final = 0.5
+PROGRESS_EVERY_S_IN_A_LOG: Final = 5.0
+
+
+def main() -> int:
+    options = _options()
+    # So that every process is stopped on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    plan = demo_plan()
+    started_s = time.monotonic()
+    _clear(options.out)
+    with tempfile.TemporaryDirectory(prefix="dengen-demo-") as folder:
+        try:
+            summary = _run(plan, Path(folder), options.out, started_s, serve=options.serve)
+        except MosquittoMissing as error:
+            return _say(2, error)
+        except (CommandFailed, ConductorStalled, ProcessEnded, WaitedTooLong) as error:
+            # The work folder goes; what a reader of the message needs of it stays.
+            kept = _keep_logs(Path(folder), options.out)
+            return _say(1, f"{error}\nthe logs of all processes are in {kept}")
+    return 0 if summary["ledger"]["verified"] else 1
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--ledger", choices=("embedded",), default="embedded", help="the ledger's engine")
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="where results go (default: demo-out)")
+    parser.add_argument("--serve", action="store_true", help="keep everything running at the end, until Ctrl-C")
+    return parser.parse_args()
+
+
+def _run(plan: MarketPlan, folder: Path, out: Path, started_s: float, *, serve: bool) -> dict[str, Any]:
+    with Mosquitto(folder / "mosquitto") as mosquitto:
+        mqtt = mosquitto.mqtt_config()
+        workspace = build_market(plan, folder / "work", (out / "ledger").resolve(), mqtt)
+        _write_trust(workspace, out)
+        with Market(workspace, mqtt) as market:
+            market.run(on_progress=_progress(plan, started_s))
+            print(file=sys.stderr)
+            if serve:
+                _serve(mosquitto)
+    # The brokers have ended in good order, so their exports and the ledger are at rest.
+    summary = summarize(workspace, "embedded", time.monotonic() - started_s)
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(summary_table(summary))
+    print(f"results        {out}/summary.json, {out}/ledger, {out}/trust.json")
+    return summary
+
+
+def _clear(out: Path) -> None:
+    """Remove what an earlier run left, and nothing else."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("ledger", "logs", "certificates"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in ("summary.json", "trust.json"):
+        (out / name).unlink(missing_ok=True)
+
+
+def _write_trust(workspace: Workspace, out: Path) -> None:
+    (out / "trust.json").write_text(energy_broker("ledger", "trust", "--genesis", workspace.genesis))
+
+
+def _progress(plan: MarketPlan, started_s: float) -> Callable[[Tick], None]:
+    """Shows how far simulated time is, on stderr: one line that changes on a terminal, a line now and then in a log."""
+    terminal = sys.stderr.isatty()
+    every_s = PROGRESS_EVERY_S if terminal else PROGRESS_EVERY_S_IN_A_LOG
+    shown_s = 0.0
+
+    def show(tick: Tick) -> None:
+        nonlocal shown_s
+        now_s = time.monotonic()
+        if now_s - shown_s < every_s and tick.time_s < plan.end_s:
+            return
+        shown_s = now_s
+        done = min(plan.intervals, max(0, (tick.time_s - plan.origin_s) // plan.interval_s))
+        moment = datetime.fromtimestamp(tick.time_s, UTC).astimezone(LOCAL_TIME).strftime("%a %H:%M")
+        line = progress_line(done, plan.intervals, now_s - started_s, moment)
+        print(f"\r{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
+
+    return show
+
+
+def _serve(mosquitto: Mosquitto) -> None:
+    """Keep everything running until Ctrl-C or SIGTERM."""
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    print(f"running on; MQTT is at 127.0.0.1:{mosquitto.port}; Ctrl-C ends it", file=sys.stderr)
+    stopping.wait()
+
+
+def _keep_logs(folder: Path, out: Path) -> Path:
+    logs = out / "logs"
+    logs.mkdir(exist_ok=True)
+    for log in folder.rglob("*.log"):
+        shutil.copy(log, logs)
+    return logs
+
+
+def _say(code: int, text: object) -> int:
+    print(f"demo: {text}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
