@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from broker.ledger.chain import genesis_hash, validators_of
-from broker.ledger.embedded import BUSY
+from broker.ledger.engine import BUSY
 from broker.ledger.holding import Holding, decode_holding
 from broker.ledger.limits import MAX_EARLY_BLOCKS, MAX_PENDING_BATCHES, RESEND_AFTER_S
 from broker.ledger.operations import Operation, OperationCode, decode_operation, operation_code
@@ -127,6 +127,8 @@ class _Pending:
 @dataclass(slots=True)
 class _Asked:
     query: Query
+    height: int
+    """Where the client stood when it asked. The ledger had these blocks, so its answer cannot know of fewer."""
     sent_s: float | None = None
 
 
@@ -315,8 +317,8 @@ class LedgerClient:
         self._asked = None
         if self._phase is _Phase.STOPPED:
             return
-        if page.height < self._height:
-            self._stop(page.height, f"the ledger answers with fewer blocks than the {self._height} followed here")
+        if page.height < asked.height:
+            self._stop(page.height, f"the ledger answers with fewer blocks than the {asked.height} followed here")
         elif self._phase is _Phase.ANCHORING:
             self._stop(self._height, "the ledger does not give the block that its holdings rest on")
         else:
@@ -432,7 +434,8 @@ class LedgerClient:
         return ForeignBatch(height, parsed.key_id, operations)
 
     def _ask(self, kind: QueryKind, cursor: bytes | None = None, from_height: int | None = None) -> None:
-        self._asked = _Asked(Query(self._random_bytes(REQUEST_ID_BYTES), kind, cursor, from_height))
+        query = Query(self._random_bytes(REQUEST_ID_BYTES), kind, cursor, from_height)
+        self._asked = _Asked(query, self._height)
 
     def _stop(self, height: int, reason: str) -> None:
         self._phase = _Phase.STOPPED

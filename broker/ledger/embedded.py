@@ -9,11 +9,11 @@ import fcntl
 import os
 import sqlite3
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from broker.ledger.chain import Head, Step, first_head, validators_of
+from broker.ledger.engine import BUSY, ClientResult, Committed, HoldingsPage
 from broker.ledger.faults import RuleViolation
 from broker.ledger.holding import Holding, encode_holding
 from broker.ledger.limits import (
@@ -38,36 +38,8 @@ from broker.protocol.limits import MAX_BLOCK_BYTES, MAX_INTEGER, MAX_REASON_CHAR
 from broker.protocol.messages import Block, Carrier, Genesis, Result, ResultStatus
 from broker.protocol.sources import Source
 
-BUSY: Final = "busy"
-"""The code of a refusal that is no fault of the batch: send it again later."""
-
 _POSITION: Final = Row((Unsigned(), Name(), Unsigned(), Unsigned()))
 """An asset in the order of a party's holdings: start_s, device, carrier, revision."""
-
-
-@dataclass(frozen=True, slots=True)
-class ClientResult:
-    """An answer and the party that it is for."""
-
-    client: str
-    result: Result
-
-
-@dataclass(frozen=True, slots=True)
-class Committed:
-    """What a commit made: sealed blocks in order, and an answer for every batch that was queued."""
-
-    blocks: tuple[bytes, ...]
-    results: tuple[ClientResult, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class HoldingsPage:
-    """Encoded holdings of a party, true at `height`. `next_cursor` is None on the last page."""
-
-    height: int
-    entries: tuple[bytes, ...]
-    next_cursor: bytes | None
 
 
 class EmbeddedLedger:

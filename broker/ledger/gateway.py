@@ -5,42 +5,18 @@ what was waiting, publishes what it returns, and only then acknowledges the mess
 uses it like everybody else.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
-from broker.ledger.embedded import ClientResult, Committed, HoldingsPage
+from broker.ledger.engine import ClientResult, LedgerEngine
 from broker.ledger.limits import MAX_HOLDINGS_ON_PAGE, MAX_SNAPSHOTS
 from broker.protocol import cbor, envelope
 from broker.protocol.codec import Row, Unsigned
-from broker.protocol.envelope import Signer
 from broker.protocol.errors import MalformedMessage
 from broker.protocol.keys import PrivateKey
 from broker.protocol.limits import MAX_BLOCK_BYTES
 from broker.protocol.messages import Message, MessageType, Page, Query, QueryKind
 from broker.protocol.topics import Topics
-
-
-class LedgerEngine(Protocol):
-    """What the gateway needs of an engine."""
-
-    @property
-    def ledger(self) -> str: ...
-
-    @property
-    def height(self) -> int: ...
-
-    def signer(self, key_id: bytes) -> Signer | None: ...
-
-    def submit(self, raw_batch: bytes) -> ClientResult | None: ...
-
-    def commit(self) -> Committed: ...
-
-    def holdings(self, party: str, cursor: bytes | None = None) -> HoldingsPage: ...
-
-    def blocks(self, from_height: int) -> Iterator[bytes]: ...
-
-    def checkpoint(self) -> bytes: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,17 +113,17 @@ class Gateway:
         return self._engine.height, tuple(entries)
 
     def _holdings(self, client: str, cursor: bytes | None) -> tuple[int, tuple[bytes, ...], bytes | None]:
-        """One page of the client's snapshot. A cursor whose snapshot is gone starts again with a first page."""
+        """One page of the client's snapshot.
+
+        If it is gone and the ledger has gone on since, the answer is a first page again, which the client sees by its
+        height.
+        """
         snapshot = self._snapshots.pop(client, None)
-        start = 0
-        if cursor is not None:
-            height, start = _CURSOR.decode(cbor.decode(cursor, "cursor", 32), "cursor")
-            if snapshot is None or snapshot.height != height:
-                snapshot, start = None, 0
-        else:
-            snapshot = None
-        if snapshot is None:
+        height, start = (None, 0) if cursor is None else _CURSOR.decode(cbor.decode(cursor, "cursor", 32), "cursor")
+        if snapshot is None or snapshot.height != height:
             snapshot = self._taken(client)
+            if snapshot.height != height:
+                start = 0
         end = start + MAX_HOLDINGS_ON_PAGE
         following = None
         if end < len(snapshot.entries):

@@ -171,22 +171,20 @@ class Store:
 
     def blocks(self, from_height: int = 1) -> Iterator[tuple[int, bytes, bytes]]:
         """(height, block id, sealed block) in ascending order."""
-        yield from self._db.execute(
+        return self._db.execute(
             "SELECT height, block_id, raw FROM blocks WHERE height >= ? ORDER BY height", (from_height,)
         )
 
     def state_rows(self, first: bytes = b"", end: bytes = b"\xff") -> Iterator[tuple[bytes, bytes]]:
         """The state rows with keys in [first, end) as bytes, ascending by key; all by default."""
-        yield from self._db.execute(
-            "SELECT key, value FROM state WHERE key >= ? AND key < ? ORDER BY key", (first, end)
-        )
+        return self._db.execute("SELECT key, value FROM state WHERE key >= ? AND key < ? ORDER BY key", (first, end))
 
     def batch_rows(self) -> Iterator[tuple[bytes, int]]:
         """(batch id, height), ascending by id."""
-        yield from self._db.execute("SELECT batch_id, height FROM batches ORDER BY batch_id")
+        return self._db.execute("SELECT batch_id, height FROM batches ORDER BY batch_id")
 
     def meta_rows(self) -> Iterator[tuple[str, bytes]]:
-        yield from self._db.execute("SELECT name, value FROM meta ORDER BY name")
+        return self._db.execute("SELECT name, value FROM meta ORDER BY name")
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:

@@ -1,0 +1,540 @@
+"""Gateway and client against each other, without a network: what is lost, repeated, late or forged in between."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.ledger_world import (
+    GENESIS,
+    INTERVAL_S,
+    T0,
+    batch,
+    close,
+    counting_bytes,
+    deliver,
+    found,
+    issue,
+    key,
+    order,
+    register,
+    seal,
+    sell,
+    take,
+)
+
+from broker.ledger import client as client_module
+from broker.ledger import embedded
+from broker.ledger import gateway as gateway_module
+from broker.ledger.client import (
+    BatchCommitted,
+    BatchRefused,
+    BlockApplied,
+    Event,
+    ForeignBatch,
+    HoldingsLoaded,
+    LedgerClient,
+    LedgerFault,
+    TooManyPending,
+)
+from broker.ledger.gateway import Gateway, Outgoing
+from broker.ledger.limits import RESEND_AFTER_S
+from broker.ledger.operations import Close, Issue, Void
+from broker.protocol import envelope
+from broker.protocol.errors import BadSignature, MalformedMessage, ProtocolError, UnknownKey
+from broker.protocol.messages import Block, Page, Query, QueryKind, Result, ResultStatus
+from broker.protocol.topics import Topics
+
+TOPICS = Topics()
+
+
+class Net:
+    """One gateway and its clients; what the gateway publishes waits in `air` until `deliver` hands it on."""
+
+    def __init__(self, path: Path, set_up: bool = True) -> None:
+        self.path = path
+        self.engine = found(path, set_up)
+        self.gateway = Gateway(self.engine, TOPICS, "node", key("node"))
+        self.clients: dict[str, LedgerClient] = {}
+        self.air: list[Outgoing] = []
+        self.seen: list[bytes] = []
+        self.now_s = 0.0
+        self.retained = self.gateway.start()
+
+    def join(self, name: str, **options: Any) -> LedgerClient:
+        client = LedgerClient(GENESIS, name, key(name), counting_bytes(), **options)
+        self.clients[name] = client
+        client.on_connect()
+        for message in self.retained:
+            client.on_message("checkpoint", message.payload)
+        return client
+
+    def restart(self) -> None:
+        self.engine.close()
+        self.engine = found(self.path)
+        self.gateway = Gateway(self.engine, TOPICS, "node", key("node"))
+        self.retained = self.gateway.start()
+
+    def send(self) -> None:
+        """Everything that clients want to say reaches the gateway, which commits."""
+        for client in self.clients.values():
+            for payload in client.tick(self.now_s):
+                self.seen.append(payload)
+                try:
+                    self.air += self.gateway.on_message(payload)
+                except ProtocolError:
+                    continue  # logged by the shell
+        self.air += self.gateway.commit()
+
+    def deliver(self, keep: Callable[[Outgoing], bool] = lambda message: True) -> None:
+        air, self.air = self.air, []
+        for message in air:
+            if message.retain:
+                self.retained = [message]
+            if keep(message):
+                self.hand_over(message)
+
+    def hand_over(self, message: Outgoing) -> None:
+        levels = TOPICS.split(message.topic)
+        assert levels[:2] == ("ledger", GENESIS.ledger)
+        for name, client in self.clients.items():
+            if levels[2] != "result" or levels[3] == name:
+                client.on_message(levels[2], message.payload)
+
+    def settle(self) -> None:
+        """Until nobody has anything to say."""
+        for _ in range(50):
+            self.send()
+            if not self.air:
+                return
+            self.deliver()
+        raise AssertionError("gateway and clients never come to rest")
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> Any:
+    made = Net(tmp_path)
+    yield made
+    made.engine.close()
+
+
+def stock(net: Net) -> None:
+    """b1 owns 100 Wh of solar, without the clients' doing."""
+    net.engine.submit(batch(issue("solar-1", 100), take("solar-1", 0, 100)))
+    net.engine.commit()
+
+
+def commit_elsewhere(net: Net, *raws: bytes) -> None:
+    """The ledger goes on by the batches of others."""
+    for raw in raws:
+        net.air += net.gateway.on_message(raw)
+    net.air += net.gateway.commit()
+
+
+def kinds(events: list[Event]) -> list[type]:
+    return [type(event) for event in events]
+
+
+def test_a_client_loads_its_holdings_and_follows_from_there(net: Net) -> None:
+    stock(net)
+    client = net.join("b1")
+    assert not client.loaded
+    net.settle()
+    assert client.loaded
+    (loaded,) = client.events()
+    assert isinstance(loaded, HoldingsLoaded)
+    assert loaded.height == client.height == 3
+    assert [(h.asset.device, h.from_wh, h.to_wh) for h in loaded.holdings] == [("solar-1", 0, 100)]
+    assert client.block_id == net.engine.head.block_id
+
+    raw = batch(deliver(1, 10, ("solar-1", 0, 10)))
+    batch_id = client.submit(raw)
+    assert client.submit(raw) == batch_id
+    net.settle()
+    assert client.events() == [BatchCommitted(batch_id, 4), BlockApplied(4)]
+    assert client.pending == 0
+    assert net.seen.count(raw) == 1
+
+
+def test_an_empty_ledger_has_no_holdings_and_the_first_batch_introduces_the_broker(tmp_path: Path) -> None:
+    net = Net(tmp_path, set_up=False)
+    client = net.join("b1")
+    net.settle()
+    assert not client.loaded, "the ledger does not know who asks"
+    batch_id = client.submit(batch(register("b1")))
+    net.settle()
+    events = client.events()
+    assert client.loaded
+    assert BatchCommitted(batch_id, 1) in events
+    assert HoldingsLoaded(1, ()) in events
+    assert client.pending == 0
+    net.engine.close()
+
+
+def test_what_others_do_is_decoded_except_their_deliveries(net: Net) -> None:
+    stock(net)
+    client = net.join("b2")
+    net.settle()
+    client.events()
+    commit_elsewhere(
+        net,
+        batch(deliver(1, 10, ("solar-1", 0, 10)), close()),
+        batch(sell("solar-1", 50, 60, seal(order(), "b2"))),
+    )
+    net.deliver()
+    first, second, applied = client.events()
+    assert isinstance(first, ForeignBatch)
+    assert [type(operation) for operation in first.operations] == [Close]
+    assert first.key_id == key("b1").public.key_id
+    assert isinstance(second, ForeignBatch)
+    assert second.operations == (sell("solar-1", 50, 60, seal(order(), "b2")),)
+    assert applied == BlockApplied(4)
+
+
+def test_own_batches_of_an_earlier_run_come_with_their_operations(net: Net) -> None:
+    client = net.join("b1")
+    net.settle()
+    client.events()
+    raw = batch(issue("solar-1", 100))
+    commit_elsewhere(net, raw)
+    net.deliver()
+    committed, _ = client.events()
+    assert isinstance(committed, BatchCommitted)
+    assert [type(operation) for operation in committed.operations or ()] == [Issue]
+
+
+def test_a_batch_committed_before_the_client_came_is_answered(net: Net) -> None:
+    raw = batch(issue("solar-1", 100))
+    commit_elsewhere(net, raw)
+    net.air.clear()
+    client = net.join("b1")
+    batch_id = client.submit(raw)
+    net.settle()
+    loaded, committed = client.events()
+    assert isinstance(loaded, HoldingsLoaded)
+    assert committed == BatchCommitted(batch_id, 3)
+    assert client.pending == 0
+
+
+def test_a_refused_batch_can_be_submitted_again(net: Net) -> None:
+    client = net.join("b1")
+    net.settle()
+    client.events()
+    raw = batch(take("solar-1", 0, 100))
+    batch_id = client.submit(raw)
+    net.settle()
+    (refused,) = client.events()
+    assert isinstance(refused, BatchRefused)
+    assert (refused.batch_id, refused.operation, refused.code, refused.transient) == (
+        batch_id,
+        0,
+        "unknown_asset",
+        False,
+    )
+    assert "solar-1" in refused.reason
+    assert client.pending == 0
+    client.submit(batch(issue("solar-1", 100)))
+    assert client.submit(raw) == batch_id
+    net.settle()
+    assert BatchCommitted(batch_id, 3) in client.events()
+
+
+def test_a_busy_ledger_is_a_passing_reason(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = net.join("b1")
+    net.settle()
+    client.events()
+    monkeypatch.setattr(embedded, "MAX_QUEUED_BATCHES", 0)
+    raw = batch(issue("solar-1", 100))
+    client.submit(raw)
+    net.settle()
+    (refused,) = client.events()
+    assert isinstance(refused, BatchRefused)
+    assert refused.transient
+    monkeypatch.undo()
+    batch_id = client.submit(raw)
+    net.settle()
+    assert BatchCommitted(batch_id, 3) in client.events()
+
+
+def test_a_repeated_old_refusal_does_not_hide_the_commit(net: Net) -> None:
+    client = net.join("b1")
+    net.settle()
+    client.events()
+    raw = batch(take("solar-1", 0, 100))
+    client.submit(raw)
+    net.send()
+    (old_refusal,) = net.air
+    net.deliver()
+    client.submit(batch(issue("solar-1", 100)))
+    batch_id = client.submit(raw)
+    net.hand_over(old_refusal)
+    assert client.pending == 1
+    client.submit(raw)
+    net.settle()
+    assert BatchCommitted(batch_id, 3) in client.events()
+
+
+@pytest.mark.parametrize("lost", ["result", "feed", "checkpoint", "all"])
+def test_lost_messages_are_made_up_for(net: Net, lost: str) -> None:
+    stock(net)
+    client = net.join("b1")
+    net.settle()
+    client.events()
+    batch_id = client.submit(batch(deliver(1, 10, ("solar-1", 0, 10))))
+    net.send()
+    net.deliver(lambda message: lost != "all" and f"/{lost}" not in message.topic)
+    net.now_s += RESEND_AFTER_S
+    net.settle()
+    assert client.events() == [BatchCommitted(batch_id, 4), BlockApplied(4)]
+
+
+def test_unanswered_batches_are_sent_again_after_a_while_and_after_a_reconnect(net: Net) -> None:
+    client = net.join("b1")
+    net.settle()
+    first, second = batch(issue("solar-1", 100)), batch(issue("wind-1", 100))
+    client.submit(first)
+    client.submit(second)
+    assert client.tick(0.0) == [first, second]
+    assert client.tick(RESEND_AFTER_S - 0.1) == []
+    assert client.tick(RESEND_AFTER_S) == [first, second], "in the order submitted"
+    client.on_connect()
+    assert client.tick(RESEND_AFTER_S + 0.1) == [first, second]
+
+
+def test_too_many_unanswered_batches_are_refused_here(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "MAX_PENDING_BATCHES", 1)
+    client = net.join("b1")
+    raw = batch(issue("solar-1", 100))
+    client.submit(raw)
+    client.submit(raw)
+    with pytest.raises(TooManyPending):
+        client.submit(batch(issue("wind-1", 100)))
+
+
+def test_an_observer_reads_the_whole_history(net: Net) -> None:
+    stock(net)
+    client = net.join("b2", load_holdings=False)
+    net.settle()
+    events = client.events()
+    assert [event.height for event in events if isinstance(event, BlockApplied)] == [1, 2, 3]
+    assert client.block_id == net.engine.head.block_id
+
+
+def test_a_long_gap_is_fetched_page_by_page(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = net.join("b1")
+    net.settle()
+    client.events()
+    for number in range(30):
+        net.engine.submit(batch(issue("solar-1", 5, T0 + number * INTERVAL_S), by="b2"))
+        net.engine.commit()
+    monkeypatch.setattr(gateway_module, "MAX_BLOCK_BYTES", 2_000)
+    monkeypatch.setattr(client_module, "MAX_EARLY_BLOCKS", 3)
+    for message in net.gateway.start():
+        client.on_message("checkpoint", message.payload)
+    net.settle()
+    assert [event.height for event in client.events() if isinstance(event, BlockApplied)] == list(range(3, 33))
+
+
+def test_holdings_pages_fit_together_while_the_ledger_goes_on(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = [T0 + number * INTERVAL_S for number in range(7)]
+    for start in starts:
+        net.engine.submit(batch(issue("solar-1", 100, start), take("solar-1", 0, 100, start_s=start)))
+    net.engine.commit()
+    monkeypatch.setattr(gateway_module, "MAX_HOLDINGS_ON_PAGE", 2)
+    client = net.join("b1")
+    for start in starts:
+        net.send()
+        # Between any two pages an asset that may stand on the next one is delivered.
+        commit_elsewhere(net, batch(deliver(1, 100, ("solar-1", 0, 100), start_s=start)))
+        net.deliver()
+    net.settle()
+    loaded, *rest = client.events()
+    assert isinstance(loaded, HoldingsLoaded)
+    assert loaded.height == 3
+    assert [h.asset.start_s for h in loaded.holdings] == starts
+    assert [event.height for event in rest if isinstance(event, BlockApplied)] == [4, 5, 6, 7, 8, 9, 10]
+
+
+def test_holdings_start_again_when_the_snapshot_is_gone(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = [T0 + number * INTERVAL_S for number in range(5)]
+    for start in starts:
+        net.engine.submit(batch(issue("solar-1", 100, start), take("solar-1", 0, 100, start_s=start)))
+    net.engine.commit()
+    monkeypatch.setattr(gateway_module, "MAX_HOLDINGS_ON_PAGE", 2)
+    client = net.join("b1")
+    net.send()
+    net.deliver()
+    net.engine.submit(batch(deliver(1, 100, ("solar-1", 0, 100))))
+    net.engine.commit()
+    net.restart()
+    net.settle()
+    (loaded,) = client.events()
+    assert isinstance(loaded, HoldingsLoaded)
+    assert (loaded.height, [h.asset.start_s for h in loaded.holdings]) == (4, starts[1:])
+
+
+def test_snapshots_are_bounded(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    for start in (T0, T0 + INTERVAL_S):
+        net.engine.submit(batch(issue("solar-1", 100, start), take("solar-1", 0, 100, start_s=start)))
+    sealed = seal(order(), "b2")
+    net.engine.submit(batch(sell("solar-1", 0, 10, sealed), sell("solar-1", 20, 30, sealed)))
+    net.engine.commit()
+    monkeypatch.setattr(gateway_module, "MAX_HOLDINGS_ON_PAGE", 1)
+    monkeypatch.setattr(gateway_module, "MAX_SNAPSHOTS", 1)
+    first, second = net.join("b1"), net.join("b2")
+    net.settle()
+    for client, count in ((first, 3), (second, 2)):
+        (loaded,) = client.events()
+        assert isinstance(loaded, HoldingsLoaded)
+        assert len(loaded.holdings) == count
+
+
+def test_queries_of_strangers_and_other_messages_are_not_answered(net: Net) -> None:
+    query = Query(b"12345678", QueryKind.HOLDINGS)
+    with pytest.raises(UnknownKey):
+        net.gateway.on_message(seal(query, "stranger"))
+    with pytest.raises(BadSignature):
+        net.gateway.on_message(seal(query, "b1", ledger="other-ledger"))
+    with pytest.raises(MalformedMessage):
+        net.gateway.on_message(seal(order(), "b2"))
+
+
+def test_blocks_of_another_ledger_or_forged_ones_are_refused(net: Net) -> None:
+    client = net.join("b1")
+    net.settle()
+    client.events()
+    commit_elsewhere(net, batch(issue("solar-1", 100), by="b2"))
+    (feed, *_) = net.air
+    block = envelope.open_envelope(feed.payload, GENESIS.ledger, client._validators.get).message
+    assert isinstance(block, Block)
+    for forged, error in (
+        (seal(block, "node", ledger="other-ledger"), BadSignature),
+        (seal(block, "b2"), UnknownKey),
+        (seal(block, "node", with_key="b2"), UnknownKey),
+        (feed.payload[:-1] + bytes((feed.payload[-1] ^ 1,)), BadSignature),
+    ):
+        with pytest.raises(error):
+            client.on_message("feed", forged)
+    with pytest.raises(MalformedMessage):
+        client.on_message("result", feed.payload)
+    assert client.events() == []
+    client.on_message("feed", feed.payload)
+    client.on_message("feed", feed.payload)
+    assert kinds(client.events()) == [ForeignBatch, BlockApplied]
+
+
+def a_block(client: LedgerClient, **changes: Any) -> bytes:
+    values: dict[str, Any] = {
+        "height": client.height + 1,
+        "previous": client.block_id,
+        "batches": (batch(Void(b"v" * 16), by="b2"),),
+        "tree_size": 99,
+        "root": b"r" * 32,
+        "state_hash": b"s" * 32,
+    }
+    return seal(Block(**(values | changes)), "node")
+
+
+def test_a_ledger_that_contradicts_itself_stops_the_client(net: Net) -> None:
+    def follower() -> LedgerClient:
+        client = net.join("b1")
+        net.settle()
+        client.events()
+        return client
+
+    client = follower()
+    client.on_message("feed", a_block(client, previous=b"x" * 32))
+    (fault,) = client.events()
+    assert isinstance(fault, LedgerFault)
+    assert "does not follow" in fault.reason
+    client.on_message("feed", a_block(client))
+    assert client.events() == [], "it does not go on after that"
+
+    client = follower()
+    client.on_message("feed", a_block(client))
+    assert kinds(client.events()) == [ForeignBatch, BlockApplied]
+    client.on_message("feed", a_block(client, height=client.height, previous=b"x" * 32))
+    assert kinds(client.events()) == [LedgerFault]
+
+    client = follower()
+    client.on_message("feed", a_block(client))
+    client.events()
+    checkpoint = net.engine.head.checkpoint()
+    client.on_message("checkpoint", seal(type(checkpoint)(3, b"x" * 32, 1, b"r" * 32, b"s" * 32), "node"))
+    assert kinds(client.events()) == [LedgerFault]
+
+    client = follower()
+    client.on_message("feed", a_block(client, batches=(b"no batch",)))
+    (fault,) = client.events()
+    assert isinstance(fault, LedgerFault)
+
+
+def test_a_ledger_that_lost_blocks_stops_the_client(net: Net) -> None:
+    client = net.join("b1")
+    net.settle()
+    client.on_message("feed", a_block(client))
+    client.on_message("feed", a_block(client, height=5))
+    client.events()
+    net.settle()
+    (fault,) = client.events()
+    assert isinstance(fault, LedgerFault)
+    assert "fewer blocks" in fault.reason
+
+
+def test_answers_to_questions_that_nobody_asked_are_passed_over(net: Net) -> None:
+    client = net.join("b1")
+    net.settle()
+    client.events()
+    client.on_message("result", seal(Page(b"x" * 8, QueryKind.BLOCKS, 9, ()), "node"))
+    client.on_message("result", seal(Result(b"x" * 32, ResultStatus.COMMITTED, 9), "node"))
+    client.on_message("result", seal(Result(b"x" * 32, ResultStatus.REFUSED, reason="busy: x"), "node"))
+    assert client.events() == []
+    assert client.tick(1.0) == []
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_whatever_the_network_does_every_batch_is_told_once(
+    tmp_path_factory: pytest.TempPathFactory, data: Any
+) -> None:
+    """Messages are lost, doubled and swapped, clients reconnect; in the end each knows the same ledger."""
+    net = Net(tmp_path_factory.mktemp("ledger"))
+    clients = [net.join("b1"), net.join("b2")]
+    told: dict[str, list[Event]] = {"b1": [], "b2": []}
+    submitted: dict[str, set[bytes]] = {"b1": set(), "b2": set()}
+    for number in range(data.draw(st.integers(1, 12))):
+        name = data.draw(st.sampled_from(["b1", "b2"]))
+        net.now_s += data.draw(st.sampled_from([0.0, 1.0, RESEND_AFTER_S]))
+        if data.draw(st.booleans()):
+            raw = batch(Void(bytes([number]) * 16), by=name)
+            submitted[name].add(net.clients[name].submit(raw))
+        if data.draw(st.booleans()):
+            net.clients[name].on_connect()
+        net.send()
+        net.air = [net.air[i] for i in data.draw(st.permutations(range(len(net.air))))]
+        doubled = data.draw(st.booleans())
+        net.air += net.air if doubled else []
+        lost = data.draw(st.sets(st.integers(0, 10)))
+        numbers = {id(message): index for index, message in enumerate(net.air)}
+        net.deliver(lambda message, lost=lost, numbers=numbers: numbers[id(message)] not in lost)
+    for _ in range(3):
+        net.now_s += RESEND_AFTER_S
+        net.air += net.gateway.start()
+        net.settle()
+        net.deliver()
+    net.settle()
+    for name, client in net.clients.items():
+        told[name] += client.events()
+        assert (client.height, client.block_id) == (net.engine.height, net.engine.head.block_id)
+        committed = [event.batch_id for event in told[name] if isinstance(event, BatchCommitted)]
+        assert len(committed) == len(set(committed))
+        assert set(committed) >= submitted[name]
+        heights = [event.height for event in told[name] if isinstance(event, BlockApplied)]
+        loaded = [event for event in told[name] if isinstance(event, HoldingsLoaded)]
+        assert len(loaded) == 1
+        assert heights == list(range(loaded[0].height + 1, net.engine.height + 1))
+        assert client.pending == 0
+    assert clients
+    net.engine.close()

@@ -1,0 +1,322 @@
+"""The verifier finds what was changed behind the engine's back, and the views show what is there."""
+
+import random
+import shutil
+import sqlite3
+from pathlib import Path
+
+import pytest
+from support.ledger_world import (
+    GENESIS,
+    INTERVAL_S,
+    T0,
+    admit,
+    batch,
+    close,
+    deliver,
+    found,
+    issue,
+    key,
+    mandate,
+    order,
+    pseudonym,
+    seal,
+    sell,
+    take,
+)
+
+from broker.ledger import inspect
+from broker.ledger.chain import genesis_hash
+from broker.ledger.inspect import AssetLine, DemandLine, TotalLine
+from broker.ledger.operations import AssetId, Void
+from broker.ledger.state import Held
+from broker.ledger.store import FILE_NAME, LedgerError
+from broker.ledger.verify import verify_ledger
+from broker.protocol import cbor, envelope
+from broker.protocol.messages import Block, Carrier
+from broker.protocol.sources import Source
+
+BATCHES = (
+    batch(issue("solar-1", 1_000), take("solar-1", 0, 1_000)),
+    batch(sell("solar-1", 600, 1_000, seal(order(), "b2"))),
+    batch(deliver(7, 300, ("solar-1", 600, 900)), deliver(8, 50), close(), by="b2"),
+    batch(deliver(1, 700, ("solar-1", 0, 600)), close()),
+    batch(admit("hydro-1", source=Source.HYDRO), mandate("hydro-1"), issue("hydro-1", 5, T0 + INTERVAL_S)),
+)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ledger with a little of everything, closed."""
+    path = tmp_path_factory.mktemp("sound")
+    engine = found(path)
+    for raw in BATCHES:
+        assert engine.submit(raw) is None
+        assert all(answer.result.height for answer in engine.commit().results)
+    engine.close()
+    return path
+
+
+@pytest.fixture
+def copied(sound: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sound, tmp_path / "copy"))
+
+
+def damage(path: Path, statement: str, *values: object) -> None:
+    database = sqlite3.connect(path / FILE_NAME)
+    with database:
+        assert database.execute(statement, values).rowcount > 0
+    database.close()
+
+
+def shown(path: Path) -> object:
+    return (
+        list(inspect.blocks(path)),
+        list(inspect.assets(path)),
+        list(inspect.totals(path)),
+        list(inspect.demands(path)),
+        list(inspect.deliveries(path)),
+        list(inspect.order_transfers(path)),
+    )
+
+
+def test_a_sound_ledger_verifies(sound: Path) -> None:
+    report = verify_ledger(sound)
+    assert report.errors == ()
+    assert report.ok
+    assert (report.ledger, report.genesis_hash) == (GENESIS.ledger, genesis_hash(GENESIS))
+    assert (report.height, report.batches, report.operations) == (7, 7, 21)
+    engine = found(sound)
+    checkpoint = engine.head.checkpoint()
+    engine.close()
+    assert (report.block_id, report.state_hash, report.root) == (
+        checkpoint.block_id,
+        checkpoint.state_hash,
+        checkpoint.root,
+    )
+
+
+def test_a_running_ledger_verifies_and_shows(copied: Path) -> None:
+    engine = found(copied)
+    engine.submit(batch(Void(b"q" * 16)))
+    engine.commit()
+    assert verify_ledger(copied).ok
+    assert verify_ledger(copied).height == 8
+    assert len(list(inspect.blocks(copied))) == 8
+    engine.close()
+
+
+def test_the_views(sound: Path) -> None:
+    solar, following = AssetId("solar-1", Carrier.ELECTRICITY, T0, 0), T0 + INTERVAL_S
+    hydro = AssetId("hydro-1", Carrier.ELECTRICITY, following, 0)
+    assert list(inspect.assets(sound)) == [
+        AssetLine(solar, Source.SOLAR, "north", 1_000, 900, 0, 0, (Held(900, 1_000, "b2"),)),
+        AssetLine(
+            hydro,
+            Source.HYDRO,
+            "north",
+            5,
+            0,
+            0,
+            0,
+            (Held(0, 5, "alice"),),
+        ),
+    ]
+    assert list(inspect.totals(sound)) == [
+        TotalLine(T0, Source.SOLAR, 1_000, 100, 900, 0, 0),
+        TotalLine(following, Source.HYDRO, 5, 5, 0, 0, 0),
+    ]
+    assert list(inspect.demands(sound)) == [
+        DemandLine(T0, pseudonym(1), "b1", 700, 600),
+        DemandLine(T0, pseudonym(7), "b2", 300, 300),
+        DemandLine(T0, pseudonym(8), "b2", 50, 0),
+    ]
+    (transfer,) = inspect.order_transfers(sound, b"o" * 16)
+    assert (transfer.sender, transfer.receiver, transfer.from_wh, transfer.to_wh, transfer.height) == (
+        "b1",
+        "b2",
+        600,
+        1_000,
+        4,
+    )
+    (delivery,) = transfer.delivered
+    assert (delivery.from_wh, delivery.to_wh, delivery.broker, delivery.pseudonym) == (600, 900, "b2", pseudonym(7))
+    assert list(inspect.order_transfers(sound, b"x" * 16)) == []
+    assert sum(line.operations for line in inspect.blocks(sound)) == len(list(inspect.operations(sound))) == 21
+    assert inspect.genesis(sound) == GENESIS
+
+
+@pytest.mark.parametrize(
+    ("statement", "complaint"),
+    [
+        ("DELETE FROM blocks WHERE height = 3", "height 4: block 3 is missing"),
+        ("UPDATE blocks SET block_id = zeroblob(32) WHERE height = 3", "height 3: the stored block is another one"),
+        ("UPDATE blocks SET height = 99 WHERE height = 7", "height 99: block 7 is missing"),
+        ("DELETE FROM blocks WHERE height = 7", "state row"),
+        ("DELETE FROM state WHERE key = (SELECT max(key) FROM state)", ": missing"),
+        ("INSERT INTO state VALUES (x'8201', x'00')", "no operation made it"),
+        ("UPDATE state SET value = x'00' WHERE key = (SELECT min(key) FROM state)", "stored with another value"),
+        ("DELETE FROM batches", "batch"),
+        ("UPDATE batches SET height = height + 1", "stored with another value"),
+        ("UPDATE meta SET value = zeroblob(9) WHERE name = 'head'", "meta head: stored with another value"),
+        ("UPDATE meta SET value = zeroblob(9) WHERE name = 'format'", "meta format"),
+    ],
+)
+def test_changed_rows_are_named(copied: Path, statement: str, complaint: str) -> None:
+    damage(copied, statement)
+    report = verify_ledger(copied)
+    assert not report.ok
+    assert complaint in "\n".join(report.errors)
+
+
+def resealed(raw: bytes, **changes: object) -> bytes:
+    """The block with other content, signed again by the validator itself."""
+    opened = envelope.parse(raw)
+    block = Block.from_payload(opened.payload)
+    values = {name: getattr(block, name) for name in Block.__slots__}
+    return envelope.seal(Block(**(values | changes)), key("node"), GENESIS.ledger, "node")
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"state_hash": b"x" * 32}, "state_hash is not what"),
+        ({"root": b"x" * 32}, "root is not what"),
+        ({"tree_size": 1}, "tree_size is not what"),
+        ({"previous": b"x" * 32}, "does not follow"),
+        ({"height": 8}, "the stored block is another one"),
+        ({"batches": (batch(issue("solar-1", 1_000), take("solar-1", 0, 999)),)}, "is not what"),
+        ({"batches": (batch(take("solar-1", 0, 999)),)}, "batch 0: operation 0 refused, unknown_asset"),
+        ({"batches": (BATCHES[0][:-1] + b"\x00",)}, "batch 0: the signature"),
+        ({"batches": (batch(Void(b"q" * 16), by="b9"),)}, "is not registered"),
+    ],
+)
+def test_a_validator_that_lies_is_found_out(copied: Path, changes: dict[str, object], complaint: str) -> None:
+    engine = found(copied)
+    raw = next(engine.blocks(3))
+    engine.close()
+    forged = resealed(raw, **changes)
+    block_id = envelope.sealed_id(forged, GENESIS.ledger, "node")
+    damage(copied, "UPDATE blocks SET raw = ?, block_id = ? WHERE height = 3", forged, block_id)
+    report = verify_ledger(copied)
+    assert not report.ok
+    assert "height 3" in report.errors[0]
+    assert complaint in report.errors[0]
+
+
+def test_a_block_of_somebody_else_is_found(copied: Path) -> None:
+    engine = found(copied)
+    raw = next(engine.blocks(3))
+    engine.close()
+    block = Block.from_payload(envelope.parse(raw).payload)
+    damage(copied, "UPDATE blocks SET raw = ? WHERE height = 3", seal(block, "b2"))
+    assert "not registered" in verify_ledger(copied).errors[0]
+
+
+def test_what_is_no_ledger_is_said_so(tmp_path: Path, copied: Path) -> None:
+    with pytest.raises(LedgerError, match="holds no ledger"):
+        verify_ledger(tmp_path)
+    with pytest.raises(LedgerError, match="holds no ledger"):
+        list(inspect.totals(tmp_path))
+    damage(copied, "UPDATE meta SET value = x'00' WHERE name = 'genesis'")
+    with pytest.raises(LedgerError, match="genesis"):
+        verify_ledger(copied)
+    (tmp_path / FILE_NAME).write_bytes(b"no database" * 500)
+    with pytest.raises(LedgerError):
+        verify_ledger(tmp_path)
+    with pytest.raises(LedgerError):
+        list(inspect.totals(tmp_path))
+
+
+def test_a_replaced_genesis_cannot_hide(copied: Path) -> None:
+    """Somebody founds another ledger under the old blocks: nothing of it fits."""
+    raw = GENESIS.to_bytes()
+    other = cbor.encode({**cbor.decode(raw, "genesis", len(raw)), 5: "CHF"})
+    damage(copied, "UPDATE meta SET value = ? WHERE name = 'genesis'", other)
+    assert "height 1: does not follow" in verify_ledger(copied).errors[0]
+
+
+def detects(path: Path, before: object) -> bool:
+    """True if verify reports damage, or what is shown is unchanged."""
+    try:
+        if not verify_ledger(path).ok:
+            return True
+    except LedgerError:
+        return True
+    return shown(path) == before
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_flipped_bits_are_found_or_harmless(sound: Path, tmp_path: Path, seed: int) -> None:
+    """50 single bits a seed, in the closed database file."""
+    before = shown(sound)
+    choose = random.Random(seed)
+    raw = (sound / FILE_NAME).read_bytes()
+    reported = 0
+    for number in range(50):
+        path = tmp_path / str(number)
+        path.mkdir()
+        changed = bytearray(raw)
+        changed[choose.randrange(len(raw))] ^= 1 << choose.randrange(8)
+        (path / FILE_NAME).write_bytes(changed)
+        assert detects(path, before)
+        try:
+            reported += not verify_ledger(path).ok
+        except LedgerError:
+            reported += 1
+    assert reported, "some of these bits matter"
+
+
+def unclosed(path: Path) -> None:
+    """A ledger whose last commits stand only in the write-ahead log, as a killed process leaves it."""
+    live = path.with_name(path.name + "-live")
+    engine = found(live)
+    for raw in BATCHES:
+        engine.submit(raw)
+        engine.commit()
+    path.mkdir()
+    for name in (FILE_NAME, FILE_NAME + "-wal"):
+        shutil.copy(live / name, path / name)
+    engine.close()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_flipped_bits_of_the_log_are_found_or_harmless(tmp_path: Path, seed: int) -> None:
+    """25 single bits a seed, in the write-ahead log that a killed process left; SQLite would cut the log there."""
+    origin = tmp_path / "origin"
+    unclosed(origin)
+    raw = (origin / (FILE_NAME + "-wal")).read_bytes()
+    assert verify_ledger(Path(shutil.copytree(origin, tmp_path / "sound"))).ok
+    before = shown(Path(shutil.copytree(origin, tmp_path / "shown")))
+    choose = random.Random(seed)
+    for number in range(25):
+        path = Path(shutil.copytree(origin, tmp_path / str(number)))
+        changed = bytearray(raw)
+        changed[choose.randrange(len(raw))] ^= 1 << choose.randrange(8)
+        (path / (FILE_NAME + "-wal")).write_bytes(changed)
+        assert detects(path, before)
+
+
+def test_a_log_without_its_last_transaction_is_a_sound_shorter_ledger(tmp_path: Path) -> None:
+    """Wherever the log is cut, whole commits are lost from its end and nothing else."""
+    origin = tmp_path / "origin"
+    unclosed(origin)
+    raw = (origin / (FILE_NAME + "-wal")).read_bytes()
+    full = verify_ledger(Path(shutil.copytree(origin, tmp_path / "full")))
+    choose = random.Random(1)
+    heights = set()
+    for number in range(25):
+        path = Path(shutil.copytree(origin, tmp_path / str(number)))
+        (path / (FILE_NAME + "-wal")).write_bytes(raw[: choose.randrange(len(raw))])
+        engine = found(path, set_up=False)
+        heights.add(engine.height)
+        for sent in BATCHES[max(engine.height - 2, 0) :] if engine.height >= 2 else ():
+            engine.submit(sent)
+            engine.commit()
+        again = engine.head
+        engine.close()
+        report = verify_ledger(path)
+        assert report.ok
+        if report.height == full.height:
+            assert again.state_hash == full.state_hash
+    assert len(heights) > 2
