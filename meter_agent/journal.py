@@ -239,6 +239,19 @@ class Journal:
             ).fetchall()
         return [WaitingMessage(*row) for row in rows]
 
+    def retry_refused(self) -> bool:
+        """Make every refused interval wait again, in a transaction of its own. False if there is none.
+
+        A refusal often ends by itself, for example when the operator registers the meter; then nothing must be lost.
+        """
+        self.flush()
+        with self._errors_named():
+            if self._db.execute("SELECT 1 FROM interval WHERE state = 2 LIMIT 1").fetchone() is None:
+                return False
+        with self._transaction():
+            self._db.execute("UPDATE interval SET state = 0, receipt = NULL WHERE state = 2")
+        return True
+
     def _flush_if_full(self) -> None:
         if self.notes >= MAX_NOTES:
             self.flush()

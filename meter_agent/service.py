@@ -49,7 +49,14 @@ FIRST_TICK_RETRY_S: Final = 0.2
 LONGEST_TICK_RETRY_S: Final = 5.0
 IDLE_WAIT_S: Final = 60.0
 STATUS_PERIOD_S: Final = 900.0
+RETRY_REFUSED_S: Final = 86_400.0
+"""Refused intervals are sent again once a day and at each start: what was wrong may have been put right since."""
+
 _STOP_WAIT_S: Final = 1.0
+_THEN: Final = {
+    OutboxState.REFUSED: " and sent again tomorrow or at the next start",
+    OutboxState.CONFLICT: " and not sent again",
+}
 _CLOCK_FAULT: Final = "the clock is not synchronised yet, so no interval is sealed; check NTP (timedatectl)"
 
 log = logging.getLogger("meter-agent")
@@ -194,6 +201,8 @@ class Agent:
         self._broker = broker.name
         keys = {name: load_private_key(meter.key_file) for name, meter in config.meters.items()}
         self._journal = Journal(config.agent.data_dir, config.agent.keep_days)
+        self._journal.retry_refused()
+        self._retry_refused_at_s = time.monotonic() + RETRY_REFUSED_S
         self._meters = {
             name: _Meter(
                 name,
@@ -279,6 +288,7 @@ class Agent:
         for name, result in self._results.take():
             self._take_result(self._meters[name], result)
         self._retry_tick()
+        self._retry_refused()
         self._refill()
         self._send_due()
         self._report()
@@ -349,7 +359,7 @@ class Agent:
                 message.meter,
                 answered.state.name.lower(),
                 f"the broker answered {answered.state.name.lower()} for the interval from {message.start_s}: "
-                f"{answered.reason or 'no reason given'}; it is kept on record and not sent again",
+                f"{answered.reason or 'no reason given'}; it is kept on record{_THEN[answered.state]}",
             )
 
     def _acknowledge(self) -> None:
@@ -420,6 +430,15 @@ class Agent:
         return OutboxRow(interval, 0, sealed_id(raw, self._settings.ledger, meter.name), raw)
 
     # What goes out
+
+    def _retry_refused(self) -> None:
+        if time.monotonic() < self._retry_refused_at_s:
+            return
+        self._retry_refused_at_s = time.monotonic() + RETRY_REFUSED_S
+        if self._journal.retry_refused():
+            self._more_in_journal = True
+            for meter in self._meters.values():
+                meter.waiting = self._journal.waiting_count(meter.name)
 
     def _refill(self) -> None:
         if not self._more_in_journal or len(self._outbox) > MAX_UNDER_WAY // 2:

@@ -224,14 +224,8 @@ def test_a_restarted_agent_sends_the_stored_bytes_and_goes_on_without_a_gap(worl
     assert world.broker.energies() == {0: 500, 1800: 500}
 
 
-@pytest.mark.parametrize(
-    ("status", "state"),
-    [(ReceiptStatus.CONFLICT, OutboxState.CONFLICT), (ReceiptStatus.REFUSED, OutboxState.REFUSED)],
-)
-def test_a_conflict_or_refusal_is_kept_on_record_and_not_sent_again(
-    world: World, status: ReceiptStatus, state: OutboxState
-) -> None:
-    world.broker.policy = lambda value: status if value.meter == "roof" else ReceiptStatus.ACCEPTED
+def test_a_conflict_is_kept_on_record_and_not_sent_again(world: World) -> None:
+    world.broker.policy = lambda value: ReceiptStatus.CONFLICT if value.meter == "roof" else ReceiptStatus.ACCEPTED
     with world.agent():
         world.tick_and_settle(T0)
         world.tick_and_settle(T0 + 1800)
@@ -244,9 +238,28 @@ def test_a_conflict_or_refusal_is_kept_on_record_and_not_sent_again(
     assert [record.state for record in view.intervals("roof", 9)] == [
         OutboxState.ACCEPTED,
         OutboxState.ACCEPTED,
-        state,
+        OutboxState.CONFLICT,
     ]
-    assert {(meter, kind) for _, meter, kind, _ in view.events(9)} == {("roof", state.name.lower())}
+    assert {(meter, kind) for _, meter, kind, _ in view.events(9)} == {("roof", "conflict")}
+    view.close()
+
+
+def test_a_refused_interval_is_sent_again_as_it_was_at_the_next_start(world: World) -> None:
+    world.broker.policy = lambda value: ReceiptStatus.REFUSED if value.meter == "roof" else ReceiptStatus.ACCEPTED
+    with world.agent():
+        world.tick_and_settle(T0)
+        world.tick_and_settle(T0 + 1800)
+        world.broker.policy = accept
+        world.tick_and_settle(T0 + 3600)
+    sent = zip(world.broker.raw, world.broker.values, strict=True)
+    refused = next(raw for raw, value in sent if value.meter == "roof")
+    with world.agent():
+        world.tick_and_settle(T0 + 5400)
+    assert world.broker.raw.count(refused) == 2
+    assert sorted(value.start_s - T0 for value in world.broker.values if value.meter == "roof") == [0, 0, 1800, 3600]
+    view = JournalView(world.folder / "data")
+    assert {record.state for record in view.intervals("roof", 9)} == {OutboxState.ACCEPTED}
+    assert [(meter, kind) for _, meter, kind, _ in view.events(9)] == [("roof", "refused")]
     view.close()
 
 
