@@ -39,6 +39,10 @@ class BatchDesk:
         """True if a batch of that kind (and interval) has no result yet."""
         return any(row.kind is kind and start_s in (None, row.start_s) for row in self._waiting.values())
 
+    def waits_before(self, start_s: int) -> bool:
+        """True if a batch of an interval before that one has no result yet."""
+        return any(row.start_s < start_s and row.kind is not BatchKind.STATEMENTS for row in self._waiting.values())
+
     @property
     def next_number(self) -> int:
         """The number that the next batch will get."""

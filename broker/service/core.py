@@ -37,7 +37,7 @@ from broker.protocol import messages
 from broker.protocol.envelope import Signer, open_envelope, parse
 from broker.protocol.errors import ProtocolError
 from broker.protocol.keys import PublicKey, public_key_from_cose
-from broker.protocol.market_time import MarketCalendar
+from broker.protocol.market_time import Interval, MarketCalendar
 from broker.protocol.messages import (
     Batch,
     Carrier,
@@ -137,12 +137,15 @@ class Broker:
         )
 
     def next_wake_s(self) -> int | None:
-        """Market time of the next gate."""
+        """Market time of the next gate, or before that of serving neighbours without waiting for announcements."""
         interval = self._cycle.current
-        if interval is None:
+        if interval is None or self.market_time_s is None:
             return None
         if self._cycle.state is IntervalState.OPEN:
             return self._calendar.gate_1_of(interval)
+        serve_by_s = self._serve_by(interval)
+        if self._neighbours.has_orders_up_to(interval.start_s) and self.market_time_s < serve_by_s:
+            return serve_by_s
         return self._calendar.gate_2_of(interval)
 
     def next_resend_at_s(self) -> float | None:
@@ -199,7 +202,7 @@ class Broker:
     def _take_meter_message(self, meter: str, leaf: str, payload: bytes) -> None:
         if self.market_time_s is None:
             return  # Market time is not known yet; the agent sends again what has no receipt.
-        accepted = self._intake.take(meter, leaf, payload, self.market_time_s)
+        accepted = self._intake.take(meter, leaf, payload, self.market_time_s, self._cycle.first_start_s)
         if accepted is None:
             return
         value = accepted.value
@@ -210,8 +213,8 @@ class Broker:
             row = self._store.message(value.start_s, meter, MessageType.DEMAND, value.revision)
             if row is not None:
                 self._cycle.answer_again(row)
-        elif self._cycle.is_closed(value.start_s):
-            self._store.mark_late(value.start_s)
+        elif self._cycle.join_late(value.start_s, meter, value.revision):
+            self._refill = True
         if not accepted.again:
             self._cycle.note_accepted(value.start_s)
 
@@ -226,7 +229,8 @@ class Broker:
             case ("brokers", self._identity.name, "request"), Order():
                 self._neighbours.take_order(peer, message, opened.raw)
             case ("brokers", self._identity.name, "response", sender), OrderAnswer() if sender == peer:
-                self._neighbours.take_answer(peer, message)
+                if self._neighbours.take_answer(peer, message):
+                    self._refill = True  # Somebody else may have what this one has not.
             case ("brokers", sender, "cleared"), Cleared() if sender == peer:
                 self._neighbours.hear(peer, message)
             case ("brokers", sender, "stock"), messages.Stock() if sender == peer:
@@ -298,7 +302,10 @@ class Broker:
                 self._refill = True
             case BatchKind.SUPPLY:
                 self._neighbours.supply_finished(batch, committed=True, reason=None)
-            case BatchKind.DELIVER | BatchKind.CLOSE:
+            case BatchKind.DELIVER:
+                self._cycle.committed(batch)
+            case BatchKind.CLOSE:
+                self._neighbours.ended(batch.start_s)
                 self._cycle.committed(batch)
 
     def _add_provided(self, operations: list[Operation]) -> None:
@@ -405,6 +412,8 @@ class Broker:
                 self._neighbours.announce(interval, clearing, self._prices)
             return True
         if gate_2:
+            if self._desk.waits_before(interval.start_s):
+                return False  # A close must not overtake what belongs to intervals before: it would be too late for it.
             self._cycle.close(self._neighbours.give_up(interval.start_s))
             self._neighbours.forget(interval.start_s)
             return True
@@ -425,15 +434,18 @@ class Broker:
         assert self.market_time_s is not None
         if not self._neighbours.has_orders_up_to(up_to_start_s):
             return False
-        half_s = (self._calendar.gate_1_of(interval) + self._calendar.gate_2_of(interval)) // 2
         if (
             up_to_start_s == interval.start_s
-            and self.market_time_s < half_s
+            and self.market_time_s < self._serve_by(interval)
             and not self._neighbours.ready_to_serve(up_to_start_s)
         ):
             return False
         self._neighbours.serve(up_to_start_s, self._prices)
         return True
+
+    def _serve_by(self, interval: Interval) -> int:
+        """Halfway between the gates, neighbours are served even if others have not announced yet what they need."""
+        return (self._calendar.gate_1_of(interval) + self._calendar.gate_2_of(interval)) // 2
 
     # Providers' energy
 

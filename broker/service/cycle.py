@@ -97,6 +97,8 @@ class Cycle:
         self._told: dict[bytes, list[Delivery]] = {}
         self._reported = 0
         self.current: Interval | None = None
+        self.first_start_s = 0
+        """Start of the first interval that this broker served; the ledger takes no close of an earlier one."""
         self.state = IntervalState.OPEN
         self._resume()
 
@@ -104,6 +106,7 @@ class Cycle:
         """Find the oldest interval that is not closed, and the demands in it that are short."""
         closed_s = self._store.last_interval(IntervalState.CLOSED)
         known_s = self._store.first_interval()
+        self.first_start_s = known_s or 0
         if closed_s is not None:
             self._enter(self._calendar.interval_at(closed_s + self._calendar.interval_s))
         elif known_s is not None:
@@ -114,6 +117,7 @@ class Cycle:
         if self.current is None:
             interval = self._calendar.interval_at(market_time_s)
             self._store.set_interval(interval.start_s, IntervalState.OPEN, 0)
+            self.first_start_s = interval.start_s
             self._enter(interval)
 
     def _enter(self, interval: Interval) -> None:
@@ -145,13 +149,29 @@ class Cycle:
         return bool(self._short)
 
     def everyone_reported(self) -> bool:
-        """True when each registered meter has sent the current interval: gate 1 comes early."""
-        return 0 < self._registry.expected_meters <= self._reported
+        """True when each registered meter has sent the current interval, or there is none: gate 1 comes early."""
+        return self._registry.expected_meters <= self._reported
 
     def note_accepted(self, start_s: int) -> None:
         """A meter's message of that interval was accepted for the first time."""
         if self.current is not None and start_s == self.current.start_s:
             self._reported += 1
+
+    def join_late(self, start_s: int, meter: str, revision: int) -> bool:
+        """A demand was accepted. True if its interval is cleared already, so that it has to be filled separately.
+
+        One of a closed interval is settled with the next close.
+        """
+        if self.is_closed(start_s):
+            self._store.mark_late(start_s)
+            return False
+        if self.current is None or start_s != self.current.start_s or self.state is not IntervalState.CLEARED:
+            return False
+        row = self._store.message(start_s, meter, MessageType.DEMAND, revision)
+        if row is None or not row.energy_wh:
+            return False
+        self._short[meter, revision] = self._short_demand(row)
+        return True
 
     def is_closed(self, start_s: int) -> bool:
         return self.current is not None and start_s < self.current.start_s
@@ -189,7 +209,7 @@ class Cycle:
         for start_s in self._store.late_intervals():
             rows = [row for row in self._store.short_demands(start_s) if row.quotas is None]
             late = Interval(start_s, start_s + self._calendar.interval_s)
-            self._settle([self._short_demand(row) for row in rows], late, [])
+            self._settle([self._resumed(row) for row in rows], late, [])
         self._stock.drop_before(interval.start_s - KEEP_STOCK_S)
         self._enter(Interval(interval.end_s, interval.end_s + self._calendar.interval_s))
 
@@ -237,7 +257,10 @@ class Cycle:
         settling: bool,
     ) -> None:
         decided: list[tuple[ShortDemand, bytes, list[tuple[Taken, HeldSlice]]]] = []
-        for demand, taken in zip(demands, takings, strict=True):
+        # By pseudonym, so that the order in a batch says nothing about who is who. Slices are cut in the same order:
+        # each asset is then used up from its first Wh on, and the ledger never sees it held in many pieces.
+        by_pseudonym = sorted(zip(demands, takings, strict=True), key=lambda item: item[0].row.pseudonym or b"")
+        for demand, taken in by_pseudonym:
             slices = [(item, held) for item in taken for held in self._stock.take(item.source, start_s, item.energy_wh)]
             # A demand that got nothing at all still goes on record, once, when it is settled.
             if not slices and not (settling and demand.slices == 0):
@@ -263,8 +286,6 @@ class Cycle:
                 delivered.append((demand.delivered_wh, stored_quotas, start_s, demand.row.meter, demand.row.revision))
         self._store.set_delivered(delivered)
         self._registry.keep_accounts(changed)
-        # Sorted by pseudonym, so that the order in a batch says nothing about who is who.
-        decided.sort(key=lambda item: item[0].row.pseudonym or b"")
         for run in in_batches(decided, [len(operation) for _, operation, _ in decided]):
             batch = self._desk.submit(
                 BatchKind.DELIVER, start_s, self._not_after(), [operation for _, operation, _ in run]

@@ -73,8 +73,11 @@ class Intake:
         self._registry = registry
         self._outputs = outputs
 
-    def take(self, meter: str, leaf: str, raw: bytes, market_time_s: int) -> Accepted | None:
-        """Handle one message that came on the meter's topic. Returns it if it is accepted, now or before."""
+    def take(self, meter: str, leaf: str, raw: bytes, market_time_s: int, first_start_s: int) -> Accepted | None:
+        """Handle one message that came on the meter's topic. Returns it if it is accepted, now or before.
+
+        `first_start_s` is the start of the first interval that this broker serves demands of.
+        """
         kind = _LEAVES[leaf]
         try:
             envelope = parse(raw)
@@ -82,12 +85,14 @@ class Intake:
             self._answer_unreadable(meter, kind, raw, error)
             return None
         try:
-            return self._take_parsed(meter, kind, envelope, market_time_s)
+            return self._take_parsed(meter, kind, envelope, market_time_s, first_start_s)
         except (ProtocolError, RefusedInput) as error:
             self._answer_refused(meter, kind, envelope, str(error))
             return None
 
-    def _take_parsed(self, meter: str, kind: MessageType, envelope: Envelope, market_time_s: int) -> Accepted | None:
+    def _take_parsed(
+        self, meter: str, kind: MessageType, envelope: Envelope, market_time_s: int, first_start_s: int
+    ) -> Accepted | None:
         if envelope.message_type is not kind:
             raise RefusedInput(f"this topic takes a {kind.name.lower()}, not a {envelope.message_type.name.lower()}")
         signer = self._registry.signer(envelope.key_id)
@@ -105,6 +110,8 @@ class Intake:
             return self._take_again(known.message_id, known.raw, identity, value, kind, meter, envelope)
         self._check_interval(value, market_time_s)
         if kind is MessageType.DEMAND:
+            if value.start_s < first_start_s:
+                raise RefusedInput(f"this broker serves demands of intervals from {first_start_s} on")
             self._accept_demand(signer, value, identity, envelope.raw)
         else:
             self._accept_reading(signer, value, identity, envelope.raw)

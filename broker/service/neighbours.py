@@ -101,7 +101,7 @@ class Neighbours:
         return bool(self._asked)
 
     def ask(self, interval: Interval, clearing: Clearing, now_s: float) -> bool:
-        """Order what a clearing lacks from neighbours not asked for it yet. False if there is nobody left to ask.
+        """Order what a clearing lacks from neighbours that may have it. False if there is nobody left to ask.
 
         Call only while no order is open: what may still come must not be asked of anyone else.
         """
@@ -112,7 +112,8 @@ class Neighbours:
             self._names,
             self._offers_before(interval),
             self._highest_price,
-            [(row.neighbour, Source(row.source)) for row in before],
+            # Who gave all that was asked may have more.
+            [(row.neighbour, Source(row.source)) for row in before if row.seen_wh < row.energy_wh],
         )
         for plan in planned:
             order = Order(
@@ -168,16 +169,18 @@ class Neighbours:
         """Network time of the next repetition; None while no order is open."""
         return min((waiting.resend_at_s for waiting in self._asked.values()), default=None)
 
-    def take_answer(self, peer: str, answer: OrderAnswer) -> None:
-        """A neighbour's answer. Whatever it says, only the ledger moves energy."""
+    def take_answer(self, peer: str, answer: OrderAnswer) -> bool:
+        """A neighbour's answer. Whatever it says, only the ledger moves energy. True if it ends an open order."""
         row = self._store.order_out(answer.order_id)
         if row is None or row.neighbour != peer:
             self._outputs.complain(f"{peer} answers an order that it was not asked; the answer is ignored")
-            return
+            return False
+        was_open = row.order_id in self._asked
         if answer.status is AnswerStatus.DONE:
             self._move_out(row, RequesterEvent.ANSWERED_DONE, row.seen_wh, answer.energy_wh, None)
         else:
             self._move_out(row, RequesterEvent.ANSWERED_REFUSED, row.seen_wh, row.answered_wh, answer.reason)
+        return was_open and row.order_id not in self._asked
 
     def transfer_seen(self, sender: str, transfer: Transfer, order: Order, *, in_stock: bool) -> None:
         """The feed shows a transfer to us under an order: the energy is ours.
@@ -212,13 +215,20 @@ class Neighbours:
         self._move_out(asked, RequesterEvent.TRANSFER_SEEN, seen_wh, asked.answered_wh, None)
 
     def give_up(self, start_s: int) -> list[bytes]:
-        """Gate 2: end the orders of an interval that are still open. Returns their ids, for voids on the ledger."""
-        voided = []
+        """Gate 2: stop waiting for the orders of an interval that are still open. Returns their ids, to be voided.
+
+        They end when the ledger shows it (`ended`): until then a transfer under them may still stand before the void.
+        """
+        given_up = [row.order_id for row in self._store.orders_out(start_s) if row.order_id in self._asked]
+        for order_id in given_up:
+            del self._asked[order_id]
+        return given_up
+
+    def ended(self, start_s: int) -> None:
+        """The ledger shows our close of that interval: nothing can be transferred under its orders any more."""
         for row in self._store.orders_out(start_s):
-            if row.order_id in self._asked:
-                voided.append(row.order_id)
+            if row.state == _name(RequesterState.ASKED):
                 self._move_out(row, RequesterEvent.END_SEEN, row.seen_wh, row.answered_wh, "unanswered at gate 2")
-        return voided
 
     def _move_out(
         self, row: OrderOutRow, event: RequesterEvent, seen_wh: int, answered_wh: int | None, reason: str | None

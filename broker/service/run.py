@@ -122,7 +122,8 @@ class BrokerService:
         self._store.commit()
         self._monotonic_s = monotonic_s
         self._calendar_s = calendar_s
-        self._client = LedgerClient(genesis, self._name, key, random_bytes, resume=self._store.ledger_cursor())
+        self._cursor = self._store.ledger_cursor()
+        self._client = LedgerClient(genesis, self._name, key, random_bytes, resume=self._cursor)
         self._gateway = self._open_gateway(config, genesis, stack)
         will = self._identity.seal(BrokerStatus(self._name, False, 0, version("dengen")))
         self._link = open_link(
@@ -271,12 +272,18 @@ class BrokerService:
 
     def _take_ledger_events(self) -> None:
         """Take in what the ledger client saw; how far it got is in the same commit as what came of it."""
-        seen = False
-        for event in self._client.events():
+        events = self._client.events()
+        for event in events:
             self._broker.take_event(event)
-            seen = seen or isinstance(event, BlockApplied)
-        if seen:
-            self._store.set_ledger_cursor(self._client.height, self._client.block_id)
+        if self._client.loaded or any(isinstance(event, BlockApplied) for event in events):
+            self._keep_cursor()
+
+    def _keep_cursor(self) -> None:
+        """After a restart the events of the blocks from here on come again, and none before."""
+        cursor = self._client.height, self._client.block_id
+        if cursor != self._cursor:
+            self._store.set_ledger_cursor(*cursor)
+            self._cursor = cursor
 
     def _submissions(self, now_s: float) -> list[bytes]:
         """What is to be said to the ledger now: new batches, and what is overdue."""

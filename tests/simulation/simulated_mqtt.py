@@ -1,4 +1,4 @@
-"""A pretended MQTT server: delays, mixes, loses and doubles messages as one random generator says. No sockets, no clock.
+"""A pretended MQTT server: delays, mixes, loses and doubles messages as one random generator tells it. No sockets.
 
 Each client has a `SimulatedLink`, which looks to its owner like `broker.protocol.mqtt_link.MqttLink`. A message goes
 two hops, from the sender's `outgoing` to the server and from there into each subscriber's `waiting`; who asks the

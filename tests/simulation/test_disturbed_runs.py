@@ -1,49 +1,18 @@
 """Whatever is lost, doubled, late or killed: the books come out as if nothing had happened, if it heals in time."""
 
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from broker.market.contracts import ShortageChoice
-from broker.protocol.sources import Source
 from simulation import audit
-from simulation.simulated_mqtt import Faults
-from simulation.world import T0, Books, ConsumerPlan, DevicePlan, Plan, World
+from simulation.plans import PAIR, RETAILER
+from simulation.simulated_mqtt import Faults, Message
+from simulation.world import GATE_1_S, GATE_2_S, INTERVAL_S, T0, Books, World
 
 FULL = os.environ.get("DENGEN_FULL") == "1"
-
-PAIR = Plan(
-    ("east", "west"),
-    "east",
-    (
-        ConsumerPlan("anna", "east", (("solar", 40), ("wind", 30), ("any", 30)), (500, 300, 400, 250)),
-        ConsumerPlan("ben", "west", (("wind", 100),), (300, 310, 320, 330)),
-        ConsumerPlan(
-            *("cleo", "west", (("renewable", 60), ("hydro", 40)), (200, 0, 201, 203)),
-            *(ShortageChoice.SUBSTITUTES, ("natural_gas",)),
-        ),
-    ),
-    (
-        DevicePlan("roof", "ola", "east", Source.SOLAR, (700, 0, 150, 90)),
-        DevicePlan("mill", "ola", "east", Source.WIND, (900, 700, 100, 500)),
-        DevicePlan("dam", "pia", "west", Source.HYDRO, (150, 60, 300, 0)),
-        DevicePlan("burner", "pia", "west", Source.NATURAL_GAS, (100, 100, 100, 100)),
-    ),
-)
-"""Two brokers; west has no wind and orders it from east, which hosts the ledger."""
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """Below memory where there is such a place: a run waits for the disk a thousand times."""
-    memory = Path("/dev/shm")
-    path = Path(tempfile.mkdtemp(prefix="dengen-sim-", dir=memory if os.access(memory, os.W_OK) else None))
-    yield path
-    shutil.rmtree(path)
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +43,77 @@ def test_brokers_killed_at_random_moments_change_nothing(seed: int, folder: Path
     books = world.run()
     audit.check(world, books)
     assert books == undisturbed
+
+
+# Partitions
+
+
+class Cut:
+    """Keeps away what brokers say to each other on topics that end in one of `leaves` (on all, if none is given).
+
+    It begins when the first message that ends in `after` has gone through.
+    """
+
+    def __init__(self, after: str, *leaves: str) -> None:
+        self._after = after
+        self._leaves = set(leaves)
+        self._begun = False
+
+    def __call__(self, message: Message, subscriber: str) -> bool:
+        levels = message.topic.split("/")
+        between_brokers = message.sender.startswith("broker-") and subscriber.startswith("broker-")
+        # Responses and results end in the name of whom they are for.
+        ends = {levels[-1], levels[-2]}
+        if self._begun:
+            return between_brokers and (not self._leaves or bool(ends & self._leaves))
+        self._begun = self._after in ends
+        return False
+
+
+CUTS = {
+    "first request, the order": ("demand", "request"),
+    "first request, the answer": ("demand", "response"),
+    "first request, both ways": ("demand", "request", "response"),
+    "second request, to the ledger": ("request", "submit"),
+    "second request, from the ledger": ("request", "result", "feed", "checkpoint"),
+    "second request, both ways": ("request", "submit", "result", "feed", "checkpoint"),
+    "third request, to the ledger": ("response", "submit"),
+    "third request, from the ledger": ("response", "result", "feed", "checkpoint"),
+    "third request, both ways": ("response", "submit", "result", "feed", "checkpoint"),
+    "announcements": ("demand", "cleared", "stock"),
+    "everything, after the demands": ("demand",),
+    "everything, after the order": ("request",),
+    "everything, after the answer": ("response",),
+}
+"""When a partition begins, and what it cuts off."""
+
+
+@pytest.mark.parametrize("seed", range(20 if FULL else 1))
+@pytest.mark.parametrize("host", ["east", "west"])
+@pytest.mark.parametrize("where", CUTS)
+def test_a_partition_that_heals_before_the_gate_changes_nothing(
+    where: str, host: str, seed: int, folder: Path, undisturbed: Books
+) -> None:
+    # The ledger is at the supplier (east) or at the requester (west): what is cut off is its way there.
+    plan = replace(PAIR, host=host)
+    world = World(plan, folder, seed, partition=Cut(*CUTS[where]), heals=lambda w: w.network_time_s > 12)
+    books = world.run()
+    audit.check(world, books)
+    assert books == undisturbed
+
+
+@pytest.mark.parametrize("seed", range(20 if FULL else 1))
+@pytest.mark.parametrize("host", ["east", "west"])
+@pytest.mark.parametrize("after_s", [INTERVAL_S + GATE_2_S, 2 * INTERVAL_S + GATE_1_S, 100 * INTERVAL_S])
+@pytest.mark.parametrize("where", CUTS)
+def test_a_partition_that_heals_after_the_gate_or_never_leaves_everything_consistent(
+    where: str, after_s: int, host: str, seed: int, folder: Path
+) -> None:
+    world = World(
+        *(replace(RETAILER, host=host), folder, seed),
+        partition=Cut(*CUTS[where]),
+        heals=lambda w: w.market_time_s > T0 + after_s,
+        may_wait=True,
+    )
+    books = world.run()
+    audit.check(world, books)

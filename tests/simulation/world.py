@@ -28,6 +28,7 @@ from broker.protocol.messages import (
     Demand,
     Genesis,
     Mandate,
+    Message,
     MessageType,
     NamedKey,
     Quality,
@@ -52,8 +53,8 @@ T0: Final = 1_769_900_400 - 1_769_900_400 % 86_400 + 86_400 - 2 * INTERVAL_S
 """An hour before the end of 31 January 2026 (UTC), so that runs cross into a new accounting period."""
 
 METER_RESEND_S: Final = 5.0
-PATIENCE_S: Final = 400.0
-"""Network time after which a world that is not at rest counts as stuck."""
+PATIENCE_S: Final = 80.0
+"""Network time after which a world that is not at rest counts as stuck: longer than any time-out."""
 
 
 class Killed(BaseException):
@@ -127,7 +128,7 @@ class BrokerProcess:
     service: BrokerService | None = None
     stack: contextlib.ExitStack | None = None
     wants_turn: bool = True
-    starts: int = 0
+    held_down: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,12 +254,15 @@ class World:
         self.meters[name] = Meter(name, broker, kind, link)
         for index, energy_wh in enumerate(energies_wh):
             start_s = T0 + index * INTERVAL_S
-            raw = self.signed(self.meter_value(name, start_s, energy_wh), name)
             due_s = start_s + INTERVAL_S + self.plan.late_s.get((name, index), 0)
-            self._pending_sends.append((due_s, name, raw))
+            self.send(name, self.meter_value(name, start_s, energy_wh), due_s)
+
+    def send(self, meter: str, message: Message, due_s: int = 0) -> None:
+        """Have a meter's agent sign and send this at that market time (0: at once), until it is answered."""
+        self._pending_sends.append((due_s, meter, self.signed(message, meter)))
         self._pending_sends.sort()
 
-    def signed(self, message: Any, signer: str) -> bytes:
+    def signed(self, message: Message, signer: str) -> bytes:
         return seal(message, key(signer), LEDGER, signer)
 
     def meter_value(self, meter: str, start_s: int, energy_wh: int, **changes: Any) -> Demand | Reading:
@@ -277,7 +281,10 @@ class World:
     # The run
 
     def run(self, until_s: int | None = None) -> Books:
-        """Let everything happen, until gate 2 of the interval after the last one is over. Raises Stuck."""
+        """Let everything happen, by default until gate 2 of the interval after the last one is over. Raises Stuck.
+
+        Can be called again: the brokers are started anew.
+        """
         late_s = max(self.plan.late_s.values(), default=0)
         end_s = until_s or T0 + (self.plan.intervals + 1) * INTERVAL_S + GATE_2_S + late_s
         while True:
@@ -329,7 +336,8 @@ class World:
 
     def _at_rest(self) -> bool:
         return all(not meter.outbox for meter in self.meters.values()) and all(
-            process.service is not None and self._rests(process.service) for process in self.brokers.values()
+            process.held_down or (process.service is not None and self._rests(process.service))
+            for process in self.brokers.values()
         )
 
     @staticmethod
@@ -346,6 +354,8 @@ class World:
             steps += [(self.server.carry, step) for step in self.server.steps()]
             steps += [(self._connect, (name,)) for name, link in self.server.links.items() if not link.connected]
             for process in self.brokers.values():
+                if process.held_down:
+                    continue
                 if process.service is None:
                     steps.append((self._start, (process,)))
                 elif process.wants_turn or (process.link is not None and process.link.ready):
@@ -369,7 +379,6 @@ class World:
     # Brokers
 
     def _start(self, process: BrokerProcess) -> None:
-        process.starts += 1
         stack = contextlib.ExitStack()
 
         def open_link(
@@ -424,10 +433,20 @@ class World:
         process = self.brokers[name]
         assert process.stack is not None
         assert process.link is not None
-        self.server.disconnect(process.link.name)
-        del self.server.links[process.link.name]
+        if process.link.name in self.server.links:
+            self.server.disconnect(process.link.name)
+            del self.server.links[process.link.name]
         process.stack.close()
         process.service = process.stack = process.link = None
+
+    def hold_down(self, name: str) -> None:
+        """Keep a broker from starting, until `let_up`."""
+        self.brokers[name].held_down = True
+        if self.brokers[name].service is not None:
+            self.kill(name)
+
+    def let_up(self, name: str) -> None:
+        self.brokers[name].held_down = False
 
     def stop(self) -> None:
         for process in self.brokers.values():
@@ -493,7 +512,8 @@ class World:
         bought: Counter[tuple[str, int, str]] = Counter()
         kept: dict[tuple[str, int, str], int] = {}
         for name, process in self.brokers.items():
-            assert process.service is not None
+            if process.service is None:
+                continue
             store = process.service._store
             for row in store.all_deliveries():
                 delivered[row.meter, row.start_s, Source(row.source).label] += row.to_wh - row.from_wh
