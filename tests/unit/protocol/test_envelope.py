@@ -239,6 +239,12 @@ def test_a_message_over_the_limit_of_its_type_is_refused_before_any_key_is_looke
     assert isinstance(opened(batch).message, Batch)
 
 
+def test_a_message_over_the_largest_limit_of_all_is_not_even_taken_apart() -> None:
+    largest = max(message_class.MAX_BYTES for message_class in MESSAGE_CLASSES.values())
+    with pytest.raises(MalformedMessage, match=f"^envelope: expected at most {largest} bytes"):
+        parse(bytes(largest + 1))
+
+
 def test_the_payload_is_decoded_only_after_the_signature_is_checked() -> None:
     unsigned = with_parts(RAW, payload=b"\xff")
     with pytest.raises(BadSignature):

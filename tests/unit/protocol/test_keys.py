@@ -70,6 +70,16 @@ def test_a_signature_of_another_length_is_refused(algorithm: Algorithm, length: 
     assert not generate_private_key(algorithm).public.verifies(bytes(length), b"message")
 
 
+def test_a_leading_zero_that_was_cut_from_s_is_refused() -> None:
+    """Read as a number it would be the same s; as bytes it is a second signature of the same message."""
+    key = generate_private_key(Algorithm.ESP256)
+    message = next(m for m in (str(n).encode() for n in range(100_000)) if key.sign(m)[32] == 0)
+    signature = key.sign(message)
+    assert key.public.verifies(signature, message)
+    assert not key.public.verifies(signature[:32] + signature[33:], message)
+    assert not key.public.verifies(signature[:32] + b"\x00" + signature[32:], message)
+
+
 @BOTH
 def test_extreme_signatures_are_refused(algorithm: Algorithm) -> None:
     public = generate_private_key(algorithm).public

@@ -19,6 +19,7 @@ from broker.protocol.messages import (
     DeliveryState,
     Genesis,
     MessageType,
+    MeterStatus,
     Order,
     Quality,
     Reading,
@@ -123,6 +124,8 @@ def test_the_largest_integer_passes() -> None:
         (Order, Order(bytes(16), "a", Source.WIND, 0, 1800, 5, 1, 1, ("a", "b")), 8, ["a"]),
         (Order, Order(bytes(16), "a", Source.WIND, 0, 1800, 5, 1, 1, ("a", "b")), 8, ["a", "b", "c", "d"]),
         (Order, Order(bytes(16), "a", Source.WIND, 0, 1800, 5, 1, 1, ("a", "b")), 2, 12),
+        (MeterStatus, MeterStatus("m", True, 0, 0), 1, 1),
+        (MeterStatus, MeterStatus("m", True, 0, 0), 1, None),
         (
             Delivery,
             Delivery("m", 0, 1800, 0, 5, 0, DeliveryState.FINAL, (DeliveredLine(0, Source.WIND, 5),)),
