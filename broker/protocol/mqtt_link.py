@@ -4,6 +4,11 @@ The caller owns the loop: `poll` waits for messages, keeps the connection alive 
 QoS 1 messages are acknowledged by the caller, after the effect is committed to disk. Every connection is a clean start
 with a fresh client, and what is published while the link is down is dropped: queues belong to those who persist them.
 They watch `connections` and send again what has no answer yet when it changes.
+
+QoS 0 messages and acknowledgements, which are most of what a broker sends, are encoded here and go out many to a system
+call: paho makes several objects for each packet and writes each by itself. What needs an answer (CONNECT, SUBSCRIBE,
+QoS 1) is paho's. There is one order for all: own bytes are only queued while paho has nothing to write, and paho writes
+only when all own bytes are out.
 """
 
 import contextlib
@@ -37,6 +42,13 @@ DEFAULT_RECEIVE_MAXIMUM: Final = 1_024
 
 MAX_MESSAGES_A_POLL: Final = 1_024
 """Bounds the memory and the time of one turn of the caller's loop."""
+
+SEND_AT_BYTES: Final = 65_536
+"""So many bytes are not held back for more to come; about what a socket's send buffer takes at once."""
+
+_PUBACK: Final = b"\x40\x02"
+_PUBLISH_QOS_0: Final = 0x30
+_RETAIN: Final = 0x01
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +98,7 @@ class MqttLink:
         self._receive_maximum = receive_maximum
         self._client: paho.Client | None = None
         self._messages: deque[Incoming] = deque()
+        self._unsent = bytearray()
         self._jitter = random.Random()
         self._back_off_s = FIRST_BACK_OFF_S
         self._next_attempt_s = 0.0
@@ -125,17 +138,27 @@ class MqttLink:
 
     def publish(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> None:
         """Queue a message for sending; it goes out at the next `poll` or `flush`. Dropped while the link is down."""
-        if self._client is not None and self.connected:
+        if self._client is None or not self.connected:
+            return
+        if qos == 0 and self._may_queue(self._client):
+            self._unsent += publish_packet(topic, payload, retain)
+            if len(self._unsent) >= SEND_AT_BYTES:
+                self._send_own(self._client)
+        else:
             self._client.publish(topic, payload, qos, retain)
 
     def acknowledge(self, incoming: Incoming) -> None:
         """Tell the server that the effect of `incoming` is committed. Void if the connection has changed since."""
-        if incoming.qos and self._client is not None and self.connected and incoming.connection == self.connections:
+        if not incoming.qos or self._client is None or not self.connected or incoming.connection != self.connections:
+            return
+        if incoming.qos == 1 and self._may_queue(self._client):
+            self._unsent += _PUBACK + incoming.mid.to_bytes(2, "big")
+        else:
             self._client.ack(incoming.mid, incoming.qos)
 
     def flush(self) -> None:
         """Send what is queued as far as the socket takes it."""
-        if self._client is not None and self._client.want_write():
+        if self._client is not None and self._send_own(self._client) and self._client.want_write():
             self._client.loop_write()
 
     def wake(self) -> None:
@@ -150,10 +173,10 @@ class MqttLink:
             if self.connected:
                 client.disconnect()
             deadline_s = time.monotonic() + 2.0
-            while client.want_write() and client.socket() is not None and time.monotonic() < deadline_s:
+            while self._wants_write(client) and client.socket() is not None and time.monotonic() < deadline_s:
                 if not self._writable(0.1):
                     continue
-                client.loop_write()
+                self.flush()
             self._drop_client()
         os.close(self._wake_read)
         os.close(self._wake_write)
@@ -212,6 +235,7 @@ class MqttLink:
 
     def _drop_client(self) -> None:
         client, self._client = self._client, None
+        self._unsent.clear()
         self.connected = False
         if client is not None:
             client.on_disconnect = None
@@ -230,7 +254,7 @@ class MqttLink:
             self.flush()
             sock = client.socket()
         if client is not None and sock is not None:
-            poller.register(sock.fileno(), select.POLLIN | (select.POLLOUT if client.want_write() else 0))
+            poller.register(sock.fileno(), select.POLLIN | (select.POLLOUT if self._wants_write(client) else 0))
             if self._tls is not None and sock.pending():
                 timeout_s = 0.0
             # At least once a second, so that keep-alive and time-outs are looked at.
@@ -248,6 +272,30 @@ class MqttLink:
             else:
                 self.flush()
         return woken
+
+    def _may_queue(self, client: paho.Client) -> bool:
+        """True if nothing of paho's is waiting, so that own bytes put in now keep their place."""
+        if client.want_write():
+            self.flush()
+        return not client.want_write()
+
+    def _wants_write(self, client: paho.Client) -> bool:
+        return bool(self._unsent) or client.want_write()
+
+    def _send_own(self, client: paho.Client) -> bool:
+        """Send own bytes as far as the socket takes them; True if none are left."""
+        sock: Any = client.socket()
+        while self._unsent and sock is not None:
+            try:
+                sent = sock.send(self._unsent)
+            except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
+                return False
+            except OSError:
+                # The connection is gone; reading from it says so, and why.
+                self._unsent.clear()
+                break
+            del self._unsent[:sent]
+        return not self._unsent
 
     def _read(self, client: paho.Client, sock: Any, max_messages: int) -> None:
         poller = select.poll()
@@ -281,6 +329,19 @@ class MqttLink:
         self._messages.append(
             Incoming(message.topic, bytes(message.payload), message.retain, message.qos, message.mid, self.connections)
         )
+
+
+def publish_packet(topic: str, payload: bytes, retain: bool) -> bytes:
+    """An MQTT 5 PUBLISH packet at QoS 0 without properties (OASIS MQTT 5.0, section 3.3)."""
+    name = topic.encode()
+    remaining = 2 + len(name) + 1 + len(payload)
+    head = bytearray((_PUBLISH_QOS_0 | (_RETAIN if retain else 0),))
+    # Section 1.5.5: seven bits a byte, the lowest first, the high bit says that more follow.
+    while remaining >= 0x80:
+        head.append(remaining & 0x7F | 0x80)
+        remaining >>= 7
+    head.append(remaining)
+    return b"".join((head, len(name).to_bytes(2, "big"), name, b"\0", payload))
 
 
 def _leave_writing_to_the_loop(_client: paho.Client, _userdata: Any, _socket: Any) -> None:
