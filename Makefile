@@ -36,7 +36,7 @@ lint: $(VENV)/.stamp-dev ## ruff, mypy --strict, the walls between the rooms
 	$(BIN)/lint-imports
 
 bench: setup ## measure; a table, and bench-out/bench.json
-	$(BIN)/python tests/bench/run.py
+	PYTHONPATH=tests $(BIN)/python -m bench.run
 
 clean: ## remove .venv and everything that demo, tests and benchmarks wrote
 	rm -rf $(VENV) .venv-oracle .venv-oracle.lock demo-out demo-out-embedded bench-out build dist *.egg-info

@@ -1,0 +1,94 @@
+"""`make bench`: all benchmarks in one run, a table on the screen and `bench-out/bench.json`.
+
+    python -m bench.run [PART...]     (with PYTHONPATH=tests) only these parts; the others are absent from the file
+
+BENCH_METERS (10 000) and BENCH_RATE (found by a probe) set the fleet, BENCH_FLEET_S (120) how long it runs, and
+BENCH_AGENT_S (60) how long the agents run before they are looked at. Each part is written as soon as it is measured; a
+part that fails ends the run. docs/benchmarks.md explains every figure.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from bench.agent import RunningAgents, commits_per_interval
+from bench.fleet import fleet
+from bench.growth import growth
+from bench.hot_path import hot_path
+from bench.ledger import ledger
+from bench.start import broker_start_s, filled_broker
+
+OUTPUT: Final = Path("bench-out")
+
+Figures = dict[str, dict[str, Any]]
+
+
+def main() -> int:
+    parts: dict[str, Callable[[Path], Figures]] = {
+        "hot_path": _hot_path,
+        "growth": _growth,
+        "fleet": _fleet,
+        "gateway": _gateway,
+    }
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(parts)}; all unless given")
+    chosen = parser.parse_args().parts or list(parts)
+    if not set(chosen) <= set(parts):
+        parser.error(f"unknown part; there are {', '.join(parts)}")
+    OUTPUT.mkdir(exist_ok=True)
+    file = OUTPUT / "bench.json"
+    file.unlink(missing_ok=True)
+    figures: Figures = {}
+    for name in chosen:
+        began_s = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="dengen-bench-") as folder:
+            measured = parts[name](Path(folder))
+        figures |= measured
+        file.write_text(json.dumps(figures, indent=2) + "\n")
+        _print(measured, time.monotonic() - began_s)
+    print(f"written to {file}")
+    return 0
+
+
+def _hot_path(folder: Path) -> Figures:
+    return {"hot_path": hot_path(folder, consumers=5_000, rounds=5)}
+
+
+def _growth(folder: Path) -> Figures:
+    return {"growth": growth(folder, low=1_000, high=100_000, demands=900, rounds=5)}
+
+
+def _fleet(folder: Path) -> Figures:
+    meters = int(os.environ.get("BENCH_METERS", "10000"))
+    seconds = float(os.environ.get("BENCH_FLEET_S", "120"))
+    rate = os.environ.get("BENCH_RATE")
+    return {"fleet": fleet(folder, meters, seconds, float(rate) if rate else None)}
+
+
+def _gateway(folder: Path) -> Figures:
+    """The agents' time passes while the large store is filled and the ledger is measured: they hardly use the CPU."""
+    consumers = 1_000_000
+    with RunningAgents(folder / "agents") as agents:
+        broker = filled_broker(folder / "large", consumers)
+        speed = ledger(folder / "ledger", batches=30, issues=1_500)
+        used = agents.figures(float(os.environ.get("BENCH_AGENT_S", "60")))
+    used["commits_per_interval"] = commits_per_interval(folder / "commits", intervals=12)
+    broker_s = broker_start_s(broker, folder / "start", consumers)
+    start = {"agent_s": round(agents.start_s, 2), "broker_1m_s": round(broker_s, 2)}
+    return {"ledger": speed, "agent": used, "start": start}
+
+
+def _print(figures: Figures, seconds: float) -> None:
+    for part, values in figures.items():
+        print(f"{part:10}" + "   ".join(f"{name} {value:,}" for name, value in values.items()), flush=True)
+    print(f"{'':10}({seconds:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
