@@ -8,7 +8,7 @@ LEDGER ?= embedded
 VENV   := .venv
 BIN    := $(VENV)/bin
 PACKAGE_FILES := setup.cfg pyproject.toml
-PYTEST_OPTIONS ?= -n 2
+PYTEST_OPTIONS ?= -n 2 --dist loadfile
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
