@@ -43,11 +43,6 @@ class BatchDesk:
         """True if a batch of an interval before that one has no result yet."""
         return any(row.start_s < start_s and row.kind is not BatchKind.STATEMENTS for row in self._waiting.values())
 
-    @property
-    def next_number(self) -> int:
-        """The number that the next batch will get."""
-        return self._next_number
-
     def submit(self, kind: BatchKind, start_s: int, not_after_s: int, operations: Sequence[bytes]) -> BatchRow:
         """Sign, store and hand over one batch of encoded operations."""
         raw = self._identity.seal(Batch(not_after_s, tuple(operations)))
@@ -59,14 +54,26 @@ class BatchDesk:
         self._next_number += 1
         self._store.add_batch(row)
         self._waiting[batch_id] = row
-        self._outputs.submit(raw)
+        self.hand_over([row])
         return row
+
+    def hand_over(self, rows: Iterable[BatchRow]) -> None:
+        """Submit these batches, or leave them until all statements are on the ledger.
+
+        What rests on a mandate must not arrive before it: it would be refused for good.
+        """
+        held_back = self.waits_for(BatchKind.STATEMENTS)
+        for row in rows:
+            if row.kind is BatchKind.STATEMENTS or not held_back:
+                self._outputs.submit(row.raw)
 
     def finish(self, batch_id: bytes, state: WorkState, height: int | None, reason: str | None) -> BatchRow | None:
         """Note a result. Returns the batch, or None if it has one already or is not ours."""
         row = self._waiting.pop(batch_id, None)
         if row is not None:
             self._store.set_batch(batch_id, state, height, reason)
+            if row.kind is BatchKind.STATEMENTS:
+                self.hand_over(self.waiting)
         return row
 
 

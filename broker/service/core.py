@@ -17,6 +17,7 @@ from broker.ledger.client import (
     HoldingsLoaded,
     LedgerFault,
 )
+from broker.ledger.faults import Fault
 from broker.ledger.holding import Holding
 from broker.ledger.operations import (
     Admit,
@@ -65,6 +66,11 @@ _STATEMENT_OPERATIONS: Final[Mapping[MessageType, Callable[[bytes], Operation]]]
     MessageType.MANDATE: MandateOp,
     MessageType.END_OF_MANDATE: EndMandate,
 }
+
+_FAULTS_OF_DEMANDS: Final = frozenset(
+    (Fault.DEMAND_INTERVAL, Fault.DEMAND_AREA, Fault.DEMAND_BROKER, Fault.DEMAND_CHANGED, Fault.DEMAND_EXCEEDED)
+)
+"""Refusals of a delivery that are not about its slices."""
 
 
 class Broker:
@@ -118,8 +124,7 @@ class Broker:
         self._statements_waiting = bool(store.statements(WorkState.WAITING))
         self._prices = self._own_prices()
         self.market_time_s: int | None = None
-        for batch in self._desk.waiting:
-            self.outputs.submit(batch.raw)
+        self._desk.hand_over(self._desk.waiting)
 
     # What the shell asks
 
@@ -227,7 +232,8 @@ class Broker:
         message, peer = opened.message, opened.sender
         match levels, message:
             case ("brokers", self._identity.name, "request"), Order():
-                self._neighbours.take_order(peer, message, opened.raw)
+                if self.market_time_s is not None:  # Else it is sent again.
+                    self._neighbours.take_order(peer, message, opened.raw, self.market_time_s)
             case ("brokers", self._identity.name, "response", sender), OrderAnswer() if sender == peer:
                 if self._neighbours.take_answer(peer, message):
                     self._refill = True  # Somebody else may have what this one has not.
@@ -301,7 +307,7 @@ class Broker:
                     self._add_provided(_operations_of(batch.raw))
                 self._refill = True
             case BatchKind.SUPPLY:
-                self._neighbours.supply_finished(batch, committed=True, reason=None)
+                self._neighbours.supply_finished(batch, _transfers(_operations_of(batch.raw)), None)
             case BatchKind.DELIVER:
                 self._cycle.committed(batch)
             case BatchKind.CLOSE:
@@ -334,13 +340,26 @@ class Broker:
                 self._provide_refused(batch, operations, event.operation, reason)
             case BatchKind.SUPPLY:
                 self._give_back(operations)
-                self._neighbours.supply_finished(batch, committed=False, reason=reason)
+                self._neighbours.supply_finished(batch, _transfers(operations), reason)
             case BatchKind.DELIVER:
-                self._give_back(operations)
-                self._cycle.refused(batch)
-                self._refill = True
+                self._deliveries_refused(batch, operations, event)
             case BatchKind.CLOSE:
                 self._cycle.close_refused(batch)
+
+    def _deliveries_refused(self, batch: BatchRow, operations: list[Operation], event: BatchRefused) -> None:
+        """Decide again, without what the ledger found fault with, so that it cannot refuse the same thing for ever.
+
+        A demand at fault is left out for good, slices at fault until the holdings are loaded again. Where it is the
+        batch as a whole, the next occasion is soon enough.
+        """
+        deliveries = [operation for operation in operations if isinstance(operation, Deliver)]
+        at_fault = deliveries[event.operation] if event.operation is not None else None
+        demand_at_fault = at_fault.pseudonym if at_fault is not None and event.code in _FAULTS_OF_DEMANDS else None
+        slices_at_fault = at_fault if demand_at_fault is None else None
+        self._give_back([operation for operation in operations if operation is not slices_at_fault])
+        self._cycle.refused(batch, deliveries, demand_at_fault, f"{event.code}: {event.reason}")
+        if at_fault is not None:
+            self._refill = True
 
     def _give_back(self, operations: list[Operation]) -> None:
         """What a refused batch would have given away is still ours."""
@@ -495,13 +514,17 @@ class Broker:
 
     def _submit_statements(self) -> None:
         """Registrations, admissions and mandates go first, our own registration before all others."""
-        if not self._statements_waiting or self._desk.waits_for(BatchKind.STATEMENTS):
+        if not self._statements_waiting:
             return
-        rows = sorted(self._store.statements(WorkState.WAITING), key=self._statement_rank)
-        self._statements_waiting = bool(rows)
-        if not rows:
-            return
-        operations = [encode_operation(_statement_operation(row)) for row in rows]
+        self._statements_waiting = False
+        under_way = {
+            _statement_of(operation)
+            for batch in self._desk.waiting
+            if batch.kind is BatchKind.STATEMENTS
+            for operation in _operations_of(batch.raw)
+        }
+        rows = [row for row in self._store.statements(WorkState.WAITING) if row.raw not in under_way]
+        operations = [encode_operation(_statement_operation(row)) for row in sorted(rows, key=self._statement_rank)]
         far_s = (self.market_time_s or 0) + 365 * 86_400
         for run in in_batches(operations, [len(operation) for operation in operations]):
             self._desk.submit(BatchKind.STATEMENTS, 0, far_s, run)
@@ -521,7 +544,7 @@ class Broker:
         self._statements_waiting = True
 
     def _finish_statements(self, operations: list[Operation], state: WorkState, reason: str | None) -> None:
-        raws = {getattr(operation, "statement", None) for operation in operations}
+        raws = {_statement_of(operation) for operation in operations}
         for row in self._store.statements(WorkState.WAITING):
             if row.raw in raws:
                 self._store.set_statement(row.number, state, reason)
@@ -538,6 +561,15 @@ class Broker:
 
 def _statement_operation(row: StatementRow) -> Operation:
     return _STATEMENT_OPERATIONS[MessageType(row.kind)](row.raw)
+
+
+def _statement_of(operation: Operation) -> bytes:
+    assert isinstance(operation, Register | Admit | MandateOp | EndMandate)
+    return operation.statement
+
+
+def _transfers(operations: list[Operation]) -> list[Transfer]:
+    return [operation for operation in operations if isinstance(operation, Transfer)]
 
 
 def _operations_of(raw_batch: bytes) -> list[Operation]:

@@ -21,6 +21,7 @@ from broker.ledger.operations import (
     encode_operation,
 )
 from broker.market.clearing import Clearing, OpenDemand, Taken, fill_lines, settle
+from broker.market.contracts import History
 from broker.market.mix import quotas
 from broker.market.stock import HeldSlice, Stock
 from broker.protocol.market_time import Interval, MarketCalendar
@@ -143,11 +144,6 @@ class Cycle:
 
     # What the core asks
 
-    @property
-    def shortages_open(self) -> bool:
-        """True while demands of the current interval are short."""
-        return bool(self._short)
-
     def everyone_reported(self) -> bool:
         """True when each registered meter has sent the current interval, or there is none: gate 1 comes early."""
         return self._registry.expected_meters <= self._reported
@@ -183,7 +179,9 @@ class Cycle:
         assert self.current is not None
         start_s = self.current.start_s
         demands = [
-            self._short_demand(row) for row in self._store.messages(start_s, MessageType.DEMAND) if row.energy_wh > 0
+            self._short_demand(row)
+            for row in self._store.messages(start_s, MessageType.DEMAND)
+            if row.energy_wh > 0 and row.refusal is None
         ]
         clearing = self._decide(demands, start_s, settling=False)
         for demand in demands:
@@ -389,35 +387,43 @@ class Cycle:
         rows = [self._store.message(batch.start_s, meter, MessageType.DEMAND, 0) for meter in sorted(meters)]
         return [self.delivery_for(row) for row in rows if row is not None]
 
-    def refused(self, batch: BatchRow) -> None:
-        """Undo the deliveries of a batch that the ledger refused; its demands are open again."""
+    def refused(
+        self, batch: BatchRow, deliveries: Sequence[Deliver], demand_at_fault: bytes | None, reason: str
+    ) -> None:
+        """Undo the deliveries of a batch that the ledger refused; its demands are open again.
+
+        But not the one whose pseudonym is `demand_at_fault`: it stays as it is, with the reason on record.
+        """
         self._told.pop(batch.batch_id, None)
-        undone: dict[str, list[DeliveryRow]] = {}
+        given_wh: dict[str, list[DeliveryRow]] = {}
         for delivery in self._store.deliveries_of_batch(batch.start_s, batch.number):
-            undone.setdefault(delivery.meter, []).append(delivery)
-        changed = {}
-        for meter, deliveries in undone.items():
-            row = self._store.message(batch.start_s, meter, MessageType.DEMAND, 0)
-            assert row is not None
-            demand = self._short_demand(row)
-            account = self._registry.account(demand.consumer, demand.version, batch.start_s)
-            by_line = list(account.history.by_line)
-            for delivery in deliveries:
-                if delivery.line < len(by_line):
-                    by_line[delivery.line] -= delivery.to_wh - delivery.from_wh
-            energy_wh = sum(delivery.to_wh - delivery.from_wh for delivery in deliveries)
-            history = type(account.history)(tuple(by_line), account.history.total - energy_wh)
-            changed[meter] = Account(account.period_start_s, account.version, history)
-            # Without quotas a demand of a closed interval counts as late and is decided again.
-            keep_quotas = row.quotas is not None and not self.is_closed(row.start_s)
-            stored_quotas = encode_quotas(row.quotas or ()) if keep_quotas else None
-            self._store.set_delivered([(row.delivered_wh - energy_wh, stored_quotas, row.start_s, meter, row.revision)])
+            given_wh.setdefault(delivery.meter, []).append(delivery)
         self._store.drop_deliveries_of_batch(batch.start_s, batch.number)
-        self._registry.keep_accounts(changed)
+        pseudonyms = {delivery.pseudonym for delivery in deliveries}
+        for row in list(self._store.messages(batch.start_s, MessageType.DEMAND)):
+            if row.pseudonym in pseudonyms:
+                self._undo(row, given_wh.get(row.meter, []))
+                if row.pseudonym == demand_at_fault:
+                    self._store.refuse_message(row.start_s, row.meter, MessageType.DEMAND, row.revision, reason)
         if self.current is not None and batch.start_s == self.current.start_s:
             self._enter(self.current)
         else:
             self._store.mark_late(batch.start_s)
+
+    def _undo(self, row: MessageRow, deliveries: Sequence[DeliveryRow]) -> None:
+        demand = self._short_demand(row)
+        account = self._registry.account(demand.consumer, demand.version, row.start_s)
+        by_line = list(account.history.by_line)
+        for delivery in deliveries:
+            if delivery.line < len(by_line):
+                by_line[delivery.line] -= delivery.to_wh - delivery.from_wh
+        energy_wh = sum(delivery.to_wh - delivery.from_wh for delivery in deliveries)
+        history = History(tuple(by_line), account.history.total - energy_wh)
+        # Without quotas a demand of a closed interval counts as late and is decided again.
+        keep_quotas = row.quotas is not None and not self.is_closed(row.start_s)
+        stored_quotas = encode_quotas(row.quotas or ()) if keep_quotas else None
+        self._store.set_delivered([(row.delivered_wh - energy_wh, stored_quotas, row.start_s, row.meter, row.revision)])
+        self._registry.keep_accounts({row.meter: Account(account.period_start_s, account.version, history)})
 
     def close_refused(self, batch: BatchRow) -> None:
         """The ledger refused a close: it is made again, with the same revision, after the next interval."""
@@ -437,6 +443,8 @@ class Cycle:
 
     def answer_again(self, row: MessageRow) -> None:
         """A demand came again: besides its receipt the meter gets what is known of its delivery."""
+        if self._desk.waits_for(BatchKind.DELIVER, row.start_s) or self._desk.waits_for(BatchKind.CLOSE, row.start_s):
+            return  # The ledger may still refuse it. The meter is told when it is committed.
         if row.delivered_wh or self.is_closed(row.start_s):
             self._send_delivery(self.delivery_for(row))
 

@@ -5,7 +5,7 @@ carried out. A neighbour's *done* is a hint: energy counts only when the ledger'
 is sent again, the stored bytes, after a reconnect or a time-out, and every repeated order gets the same answer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -28,6 +28,7 @@ from broker.market.sourcing import (
 )
 from broker.market.stock import HeldSlice, Stock
 from broker.protocol import messages
+from broker.protocol.envelope import parse
 from broker.protocol.limits import MAX_REASON_CHARACTERS
 from broker.protocol.market_time import Interval, MarketCalendar
 from broker.protocol.messages import (
@@ -43,7 +44,7 @@ from broker.protocol.messages import (
 )
 from broker.protocol.sources import Source
 from broker.protocol.topics import Topics
-from broker.service.batches import BatchDesk
+from broker.service.batches import BatchDesk, in_batches
 from broker.service.outputs import Identity, Outputs
 from broker.service.store import BatchKind, BatchRow, BrokerStore, OrderInRow, OrderOutRow, PurchaseRow
 
@@ -90,8 +91,8 @@ class Neighbours:
         self._highest_price = highest_price
         # What is under way, so that a turn without any neighbour's business costs no query.
         self._asked = {row.order_id: _Waiting(0, 0.0) for row in store.open_orders_out()}
-        self._received = {row.order_id for row in store.orders_in_state([_name(SupplierState.RECEIVED)])}
-        self._submitted = {row.order_id for row in store.orders_in_state([_name(SupplierState.SUBMITTED)])}
+        self._received = {_key(row) for row in store.orders_in_state(_name(SupplierState.RECEIVED))}
+        self._submitted = {_key(row) for row in store.orders_in_state(_name(SupplierState.SUBMITTED))}
 
     # The requester's side
 
@@ -245,19 +246,24 @@ class Neighbours:
         """True while an order of a neighbour is neither refused nor settled on the ledger."""
         return bool(self._received or self._submitted)
 
-    def take_order(self, peer: str, order: Order, raw: bytes) -> None:
+    def take_order(self, peer: str, order: Order, raw: bytes, market_time_s: int) -> None:
         """A neighbour's order: stored, and served after the next apportioning; a repeated one is answered again."""
-        known = self._store.order_in(order.order_id)
+        known = self._store.order_in(peer, order.order_id)
         if known is not None:
             if known.raw != raw:
                 self._outputs.complain(f"{peer} sent another order under an id that it used before; it is ignored")
             elif known.answer is not None:
                 self._outputs.publish(self._topics.response(peer, self._identity.name), known.answer)
             return
+        reason = self._refusal(peer, order, market_time_s)
+        if reason is not None:
+            # Not stored: what cannot be served must not fill our disk, and a repetition gets the same answer anyway.
+            self._publish_answer(peer, OrderAnswer(order.order_id, AnswerStatus.REFUSED, 0, None, _short(reason)))
+            return
         row = OrderInRow(
+            peer,
             order.order_id,
             order.start_s,
-            order.requester,
             int(order.source),
             order.energy_wh,
             order.highest_price,
@@ -265,15 +271,11 @@ class Neighbours:
             _name(SupplierState.RECEIVED),
             0,
             None,
-            None,
         )
         self._store.add_order_in(row)
-        self._received.add(order.order_id)
-        reason = self._refusal(peer, order)
-        if reason is not None:
-            self._decline(row, reason)
+        self._received.add(_key(row))
 
-    def _refusal(self, peer: str, order: Order) -> str | None:
+    def _refusal(self, peer: str, order: Order, market_time_s: int) -> str | None:
         """Why an order cannot be served at all; None if it can be considered."""
         if order.requester != peer:
             return f"{peer} signed an order in the name of {order.requester}"
@@ -281,8 +283,11 @@ class Neighbours:
             return f"the path {' → '.join(order.path)} does not lead from {peer} to {self._identity.name}"
         if not self._calendar.is_interval(order.start_s, order.end_s):
             return f"[{order.start_s}, {order.end_s}) is no market interval"
-        if len(self._received) > MAX_OPEN_ORDERS_IN:
-            return f"more than {MAX_OPEN_ORDERS_IN} orders are waiting here; ask again later"
+        # One interval of tolerance, because not all clocks are the same.
+        if order.start_s > market_time_s:
+            return f"the interval at {order.start_s} has not begun here; order when it is over"
+        if len(self._received) >= MAX_OPEN_ORDERS_IN:
+            return f"{MAX_OPEN_ORDERS_IN} orders are waiting here; ask again later"
         return None
 
     def ready_to_serve(self, start_s: int) -> bool:
@@ -305,13 +310,13 @@ class Neighbours:
         """True if unserved orders wait for that interval or an earlier one."""
         if not self._received:
             return False
-        waiting = self._store.orders_in_state([_name(SupplierState.RECEIVED)])
+        waiting = self._store.orders_in_state(_name(SupplierState.RECEIVED))
         return any(row.start_s <= start_s for row in waiting)
 
     def serve(self, up_to_start_s: int, prices: Mapping[Source, int]) -> None:
         """Share out what is left of stock among the waiting orders of intervals up to that one."""
         by_interval: dict[int, list[OrderInRow]] = {}
-        for row in self._store.orders_in_state([_name(SupplierState.RECEIVED)]):
+        for row in self._store.orders_in_state(_name(SupplierState.RECEIVED)):
             if row.start_s <= up_to_start_s:
                 by_interval.setdefault(row.start_s, []).append(row)
         for start_s, rows in sorted(by_interval.items()):
@@ -337,37 +342,52 @@ class Neighbours:
                 asset, held.from_wh, held.to_wh, self._identity.name, row.requester, held.price, row.raw
             )
             operations.append(encode_operation(transfer))
-        batch = self._desk.submit(
-            BatchKind.SUPPLY, interval.start_s, interval.end_s + self._calendar.interval_s, operations
-        )
+        # Out of many small devices a large order takes more transfers than one batch holds.
+        for run in in_batches(operations, [len(operation) for operation in operations]):
+            self._desk.submit(BatchKind.SUPPLY, interval.start_s, interval.end_s + self._calendar.interval_s, run)
         state = next_supplier_state(SupplierState.RECEIVED, SupplierEvent.GRANTED)
-        self._store.set_order_in(row.order_id, _name(state), energy_wh, batch.batch_id, None)
-        self._received.discard(row.order_id)
-        self._submitted.add(row.order_id)
+        self._store.set_order_in(row.requester, row.order_id, _name(state), energy_wh, None)
+        self._received.discard(_key(row))
+        self._submitted.add(_key(row))
 
     def _decline(self, row: OrderInRow, reason: str) -> None:
         state = next_supplier_state(SupplierState.RECEIVED, SupplierEvent.DECLINED)
-        self._received.discard(row.order_id)
+        self._received.discard(_key(row))
         self._answer(row, state, 0, None, reason)
 
-    def supply_finished(self, batch: BatchRow, *, committed: bool, reason: str | None) -> None:
-        """The ledger's word on a transfer to a neighbour: answer its order."""
-        event = SupplierEvent.BATCH_COMMITTED if committed else SupplierEvent.BATCH_REFUSED
-        for row in self._store.orders_in_of_batch(batch.start_s, batch.batch_id):
-            state = next_supplier_state(SupplierState[row.state.upper()], event)
-            self._submitted.discard(row.order_id)
-            granted_wh = row.granted_wh if committed else 0
-            self._answer(row, state, granted_wh, batch.batch_id if committed else None, reason)
+    def supply_finished(self, batch: BatchRow, transfers: Sequence[Transfer], refusal: str | None) -> None:
+        """The ledger's word on a batch of transfers to a neighbour; answers the order when it is the last of it.
+
+        `refusal` is why the ledger refused it, None if it is committed.
+        """
+        raw = transfers[0].order
+        assert raw is not None
+        row = self._store.order_in(transfers[0].receiver, Order.from_payload(parse(raw).payload).order_id)
+        assert row is not None
+        granted_wh = row.granted_wh
+        if refusal is not None:
+            granted_wh -= sum(transfer.to_wh - transfer.from_wh for transfer in transfers)
+        if any(other.kind is BatchKind.SUPPLY and raw in other.raw for other in self._desk.waiting):
+            self._store.set_order_in(row.requester, row.order_id, row.state, granted_wh, None)
+            return
+        event = SupplierEvent.BATCH_COMMITTED if granted_wh else SupplierEvent.BATCH_REFUSED
+        state = next_supplier_state(SupplierState[row.state.upper()], event)
+        self._submitted.discard(_key(row))
+        self._answer(row, state, granted_wh, batch.batch_id if granted_wh else None, refusal)
 
     def _answer(
         self, row: OrderInRow, state: SupplierState, granted_wh: int, batch_id: bytes | None, reason: str | None
     ) -> None:
         status = supplier_answer(state)
         assert status is not None
-        text = None if reason is None else reason[:MAX_REASON_CHARACTERS]
-        answer = self._identity.seal(OrderAnswer(row.order_id, status, granted_wh, batch_id, text))
-        self._store.set_order_in(row.order_id, _name(state), granted_wh, batch_id, answer)
-        self._outputs.publish(self._topics.response(row.requester, self._identity.name), answer)
+        answer = OrderAnswer(row.order_id, status, granted_wh, batch_id, None if reason is None else _short(reason))
+        raw = self._publish_answer(row.requester, answer)
+        self._store.set_order_in(row.requester, row.order_id, _name(state), granted_wh, raw)
+
+    def _publish_answer(self, peer: str, answer: OrderAnswer) -> bytes:
+        raw = self._identity.seal(answer)
+        self._outputs.publish(self._topics.response(peer, self._identity.name), raw)
+        return raw
 
     # Announcements
 
@@ -412,3 +432,11 @@ class Neighbours:
 
 def _name(state: RequesterState | SupplierState) -> str:
     return state.name.lower()
+
+
+def _short(reason: str) -> str:
+    return reason[:MAX_REASON_CHARACTERS]
+
+
+def _key(row: OrderInRow) -> tuple[str, bytes]:
+    return row.requester, row.order_id

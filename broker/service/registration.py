@@ -34,11 +34,16 @@ def add_consumer(
 ) -> None:
     """Register a consumer's meter with its first contract; it gets a fresh secret for its pseudonyms.
 
-    Raises RegistrationError (area unknown) or StoreError (registered already).
+    Raises RegistrationError if the area is unknown, or meter or key are registered already.
     """
     _check_area(genesis, contract.area)
+    if store.consumer(meter) is not None:
+        raise RegistrationError(
+            f"{meter} is registered already; change its contract with `energy-broker consumer contract`"
+        )
     if store.device(meter) is not None:
         raise RegistrationError(f"{meter} is registered as a generating device; use another name for this meter")
+    _check_key(store, meter, key)
     store.begin()
     store.add_consumer(ConsumerRow(meter, key.cose_key, key.key_id, secrets.token_bytes(SECRET_BYTES), now_s))
     store.add_contract(meter, ContractRow(1, contract.valid_from_s, contract_bytes(contract)))
@@ -48,7 +53,8 @@ def add_consumer(
 def change_contract(store: BrokerStore, genesis: Genesis, meter: str, contract: Contract) -> int:
     """Add a new version of a consumer's contract; the old ones stay on record. Returns its version number.
 
-    Raises RegistrationError if the meter is unknown or the new version would begin before the one before it.
+    Raises RegistrationError if the meter is unknown, or if the new version would begin before the one before it or
+    in an interval for which a demand has been accepted: its receipt names the contract that applied.
     """
     _check_area(genesis, contract.area)
     versions = store.contracts(meter)
@@ -57,6 +63,11 @@ def change_contract(store: BrokerStore, genesis: Genesis, meter: str, contract: 
     if contract.valid_from_s <= versions[-1].valid_from_s:
         raise RegistrationError(
             f"the contract of {meter} in force begins at {versions[-1].valid_from_s}; a new one must begin later"
+        )
+    if store.has_demand_since(meter, contract.valid_from_s):
+        raise RegistrationError(
+            f"{meter} has demands after {contract.valid_from_s} that the contract in force applies to;"
+            " let the new one begin at a time to come"
         )
     version = versions[-1].version + 1
     store.begin()
@@ -120,7 +131,12 @@ def add_provider(
         if mandate.owner != found.owner:
             raise RegistrationError(f"{device} belongs to {found.owner}, but {mandate.owner} gave the mandate")
         _check_area(genesis, found.area)
+        if store.device(device) is not None:
+            raise RegistrationError(f"{device} is taken on already")
+        if store.consumer(device) is not None:
+            raise RegistrationError(f"{device} is registered as a consumer's meter; a device needs a meter of its own")
         key = public_key_from_cose(found.meter_key)
+        _check_key(store, device, key)
         rows.append(
             DeviceRow(
                 device,
@@ -146,6 +162,16 @@ def add_provider(
 def _check_area(genesis: Genesis, area: str) -> None:
     if area not in genesis.areas:
         raise RegistrationError(f"area {area} is not one of this ledger's: {', '.join(genesis.areas)}")
+    # A broker clears one area; matching demand and generation of different ones is refused by the ledger.
+    if area != genesis.areas[0]:
+        raise RegistrationError(f"this broker clears area {genesis.areas[0]} only, not {area}")
+
+
+def _check_key(store: BrokerStore, meter: str, key: PublicKey) -> None:
+    """A key tells who signed; with two meters it would tell nothing."""
+    consumer, device = store.consumer_by_key(key.key_id), store.device_by_key(key.key_id)
+    if consumer is not None or device is not None:
+        raise RegistrationError(f"another meter has the key of {meter}; make one with `energy-broker key new`")
 
 
 TABLES: Final = (

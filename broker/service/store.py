@@ -72,15 +72,15 @@ CREATE TABLE order_out (
 CREATE INDEX order_out_interval ON order_out (start_s);
 CREATE INDEX order_out_open ON order_out (start_s) WHERE state = 'asked';
 CREATE TABLE order_in (
-    order_id BLOB PRIMARY KEY, start_s INTEGER NOT NULL, requester TEXT NOT NULL, source INTEGER NOT NULL,
+    requester TEXT NOT NULL, order_id BLOB NOT NULL, start_s INTEGER NOT NULL, source INTEGER NOT NULL,
     energy_wh INTEGER NOT NULL, highest_price INTEGER NOT NULL, raw BLOB NOT NULL, state TEXT NOT NULL,
-    granted_wh INTEGER NOT NULL, batch_id BLOB, answer BLOB
+    granted_wh INTEGER NOT NULL, answer BLOB, PRIMARY KEY (requester, order_id)
 ) WITHOUT ROWID;
 CREATE INDEX order_in_interval ON order_in (start_s);
 CREATE TABLE purchase (
     device TEXT NOT NULL, asset_start_s INTEGER NOT NULL, asset_revision INTEGER NOT NULL, from_wh INTEGER NOT NULL,
     to_wh INTEGER NOT NULL, neighbour TEXT NOT NULL, price INTEGER NOT NULL, order_id BLOB NOT NULL,
-    PRIMARY KEY (device, asset_start_s, asset_revision, from_wh)
+    PRIMARY KEY (device, asset_start_s, asset_revision, from_wh, order_id)
 ) WITHOUT ROWID;
 CREATE TABLE ledger_cursor (only INTEGER PRIMARY KEY CHECK (only = 1), height INTEGER NOT NULL, block_id BLOB NOT NULL);
 CREATE TABLE announcement (topic TEXT PRIMARY KEY, raw BLOB NOT NULL) WITHOUT ROWID;
@@ -230,16 +230,17 @@ class OrderOutRow:
 
 @dataclass(frozen=True, slots=True)
 class OrderInRow:
+    """A neighbour's order. Ids are the requester's own, so they identify only together with its name."""
+
+    requester: str
     order_id: bytes
     start_s: int
-    requester: str
     source: int
     energy_wh: int
     highest_price: int
     raw: bytes
     state: str
     granted_wh: int
-    batch_id: bytes | None
     answer: bytes | None
 
 
@@ -428,7 +429,7 @@ class BrokerStore:
         )
 
     def refuse_message(self, start_s: int, meter: str, kind: int, revision: int, reason: str) -> None:
-        """Note that the ledger refused what an accepted message asked for."""
+        """Note that the ledger refused what an accepted message asked for; it is not tried again."""
         self._db.execute(
             "UPDATE message SET refusal = ? WHERE start_s = ? AND meter = ? AND kind = ? AND revision = ?",
             (reason, start_s, meter, kind, revision),
@@ -442,13 +443,20 @@ class BrokerStore:
         return (_message_row(row) for row in rows)
 
     def short_demands(self, start_s: int) -> list[MessageRow]:
-        """Demands of one interval that are not delivered in full, by meter name."""
+        """Demands of one interval that are not delivered in full, by meter name; without those the ledger refused."""
         rows = self._db.execute(
-            "SELECT * FROM message WHERE start_s = ? AND kind = 2 AND delivered_wh < energy_wh"
+            "SELECT * FROM message WHERE start_s = ? AND kind = 2 AND delivered_wh < energy_wh AND refusal IS NULL"
             " ORDER BY meter, revision",
             (start_s,),
         )
         return [_message_row(row) for row in rows]
+
+    def has_demand_since(self, meter: str, start_s: int) -> bool:
+        """True if a demand of that meter was accepted for an interval from `start_s` on."""
+        row = self._db.execute(
+            "SELECT 1 FROM message WHERE start_s >= ? AND meter = ? AND kind = 2 LIMIT 1", (start_s, meter)
+        ).fetchone()
+        return row is not None
 
     def all_messages(self, kind: MessageType) -> Iterator[MessageRow]:
         rows = self._db.execute("SELECT * FROM message WHERE kind = ? ORDER BY start_s, meter", (int(kind),))
@@ -661,46 +669,41 @@ class BrokerStore:
 
     def add_order_in(self, row: OrderInRow) -> None:
         self._db.execute(
-            "INSERT INTO order_in VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO order_in VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
+                row.requester,
                 row.order_id,
                 row.start_s,
-                row.requester,
                 row.source,
                 row.energy_wh,
                 row.highest_price,
                 row.raw,
                 row.state,
                 row.granted_wh,
-                row.batch_id,
                 row.answer,
             ),
         )
 
-    def order_in(self, order_id: bytes) -> OrderInRow | None:
-        row = self._db.execute("SELECT * FROM order_in WHERE order_id = ?", (order_id,)).fetchone()
+    def order_in(self, requester: str, order_id: bytes) -> OrderInRow | None:
+        row = self._db.execute(
+            "SELECT * FROM order_in WHERE requester = ? AND order_id = ?", (requester, order_id)
+        ).fetchone()
         return OrderInRow(*row) if row else None
 
     def orders_in(self, start_s: int) -> list[OrderInRow]:
-        rows = self._db.execute("SELECT * FROM order_in WHERE start_s = ? ORDER BY order_id", (start_s,))
+        rows = self._db.execute("SELECT * FROM order_in WHERE start_s = ? ORDER BY requester, order_id", (start_s,))
         return [OrderInRow(*row) for row in rows]
 
-    def orders_in_state(self, states: Sequence[str]) -> list[OrderInRow]:
-        marks = ", ".join("?" for _ in states)
+    def orders_in_state(self, state: str) -> list[OrderInRow]:
         rows = self._db.execute(
-            f"SELECT * FROM order_in WHERE state IN ({marks}) ORDER BY start_s, order_id", tuple(states)
+            "SELECT * FROM order_in WHERE state = ? ORDER BY start_s, requester, order_id", (state,)
         )
         return [OrderInRow(*row) for row in rows]
 
-    def orders_in_of_batch(self, start_s: int, batch_id: bytes) -> list[OrderInRow]:
-        return [row for row in self.orders_in(start_s) if row.batch_id == batch_id]
-
-    def set_order_in(
-        self, order_id: bytes, state: str, granted_wh: int, batch_id: bytes | None, answer: bytes | None
-    ) -> None:
+    def set_order_in(self, requester: str, order_id: bytes, state: str, granted_wh: int, answer: bytes | None) -> None:
         self._db.execute(
-            "UPDATE order_in SET state = ?, granted_wh = ?, batch_id = ?, answer = ? WHERE order_id = ?",
-            (state, granted_wh, batch_id, answer, order_id),
+            "UPDATE order_in SET state = ?, granted_wh = ?, answer = ? WHERE requester = ? AND order_id = ?",
+            (state, granted_wh, answer, requester, order_id),
         )
 
     def add_purchase(self, row: PurchaseRow) -> bool:

@@ -20,6 +20,9 @@ from simulation.world import LEDGER, Books, World
 AssetName = tuple[str, int]
 """(device, start of the interval)."""
 
+OrderName = tuple[str, bytes]
+"""(requester, order id)."""
+
 
 @dataclass(slots=True)
 class Accounts:
@@ -30,9 +33,9 @@ class Accounts:
     issued_wh: Counter[AssetName] = field(default_factory=Counter)
     demanded_wh: dict[tuple[int, bytes], int] = field(default_factory=dict)
     given_wh: Counter[tuple[int, bytes]] = field(default_factory=Counter)
-    under_order_wh: Counter[bytes] = field(default_factory=Counter)
-    orders: dict[bytes, Order] = field(default_factory=dict)
-    ended: set[bytes] = field(default_factory=set)
+    under_order_wh: Counter[OrderName] = field(default_factory=Counter)
+    orders: dict[OrderName, Order] = field(default_factory=dict)
+    ended: set[OrderName] = field(default_factory=set)
     closed: dict[tuple[str, int], list[Close]] = field(default_factory=dict)
 
 
@@ -48,8 +51,21 @@ def check(world: World, books: Books) -> Accounts:
     return accounts
 
 
+def head_of(world: World) -> tuple[int, bytes]:
+    """Height and state hash of a stopped world's ledger."""
+    ledger = _ledger(world)
+    try:
+        return ledger.height, ledger.head.state_hash
+    finally:
+        ledger.close()
+
+
+def _ledger(world: World) -> EmbeddedLedger:
+    return EmbeddedLedger(world.folder / "ledger", world.genesis, "node", key("node"))
+
+
 def _replay(world: World) -> Accounts:
-    ledger = EmbeddedLedger(world.folder / "ledger", world.genesis, "node", key("node"))
+    ledger = _ledger(world)
     accounts = Accounts()
     try:
         signer = Signer("node", key("node").public)
@@ -82,10 +98,11 @@ def _apply(accounts: Accounts, sender: str, operation: Operation) -> None:
             accounts.owner[device, start_s, number] = operation.receiver
         if operation.order is not None:
             order = Order.from_payload(parse(operation.order).payload)
-            assert accounts.orders.setdefault(order.order_id, order) == order
-            assert order.order_id not in accounts.ended, "a transfer under an order that had ended"
-            accounts.under_order_wh[order.order_id] += operation.to_wh - operation.from_wh
-            assert accounts.under_order_wh[order.order_id] <= order.energy_wh
+            name = (order.requester, order.order_id)
+            assert accounts.orders.setdefault(name, order) == order
+            assert name not in accounts.ended, "a transfer under an order that had ended"
+            accounts.under_order_wh[name] += operation.to_wh - operation.from_wh
+            assert accounts.under_order_wh[name] <= order.energy_wh
     elif isinstance(operation, Deliver):
         demand = (operation.start_s, operation.pseudonym)
         assert accounts.demanded_wh.setdefault(demand, operation.demanded_wh) == operation.demanded_wh
@@ -102,11 +119,11 @@ def _apply(accounts: Accounts, sender: str, operation: Operation) -> None:
         revisions = accounts.closed.setdefault((sender, operation.start_s), [])
         assert operation.revision == len(revisions)
         revisions.append(operation)
-        for order_id, order in accounts.orders.items():
+        for name, order in accounts.orders.items():
             if (order.requester, order.start_s) == (sender, operation.start_s):
-                accounts.ended.add(order_id)
+                accounts.ended.add(name)
     elif isinstance(operation, Void):
-        accounts.ended.add(operation.order_id)
+        accounts.ended.add((sender, operation.order_id))
 
 
 def _stores(world: World) -> dict[str, BrokerStore]:
@@ -166,7 +183,7 @@ def _check_orders(world: World, accounts: Accounts) -> None:
     for name, store in stores.items():
         for order in store.all_orders_out():
             assert order.state != "asked", f"{name}: an order to {order.neighbour} never ended"
-            assert order.seen_wh == accounts.under_order_wh[order.order_id], f"{name}: {order.state}"
+            assert order.seen_wh == accounts.under_order_wh[name, order.order_id], f"{name}: {order.state}"
             other = next(
                 (
                     row

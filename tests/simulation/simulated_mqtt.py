@@ -90,6 +90,7 @@ class SimulatedServer:
         self.links: dict[str, SimulatedLink] = {}
         self.retained: dict[str, Message] = {}
         self.partition: Partition | None = None
+        self.listeners: list[Callable[[Message], None]] = []
 
     def add(self, link: SimulatedLink) -> None:
         """A client, not connected yet; one of the same name is gone."""
@@ -109,7 +110,7 @@ class SimulatedServer:
         link = self.links[name]
         link.connected = False
         for _ in range(self.random.randint(0, len(link.outgoing))):
-            self._route(link.outgoing.popleft())
+            self.route(link.outgoing.popleft())
         link.outgoing.clear()
         link.waiting.clear()
         link.ready.clear()
@@ -128,7 +129,7 @@ class SimulatedServer:
         """Move one message on."""
         link = self.links[name]
         if direction == "out":
-            self._route(link.outgoing.popleft())
+            self.route(link.outgoing.popleft())
             return
         message, retained = link.waiting.pop(self._next(link))
         if message.qos == 0 and self._chance(self.faults.lost):
@@ -152,7 +153,10 @@ class SimulatedServer:
         kind = (link.waiting[chosen][0].sender, link.waiting[chosen][0].topic)
         return next(index for index, (message, _) in enumerate(link.waiting) if (message.sender, message.topic) == kind)
 
-    def _route(self, message: Message) -> None:
+    def route(self, message: Message) -> None:
+        """The server has a message: it goes to all subscribers."""
+        for listener in self.listeners:
+            listener(message)
         if message.retain:
             self.retained[message.topic] = message
         for link in self.links.values():

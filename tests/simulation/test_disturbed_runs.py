@@ -45,6 +45,27 @@ def test_brokers_killed_at_random_moments_change_nothing(seed: int, folder: Path
     assert books == undisturbed
 
 
+@pytest.mark.parametrize("moment", range(1, 1_300, 1 if FULL else 60))
+def test_a_kill_before_or_after_any_commit_send_or_acknowledgement_changes_nothing(
+    moment: int, folder: Path, undisturbed: Books
+) -> None:
+    """With seed 0 the same moments come in the same order every time; a run has about 1 250 of them."""
+    world = World(PAIR, folder, kill_at=moment)
+    books = world.run()
+    audit.check(world, books)
+    assert books == undisturbed
+
+
+def test_one_seed_gives_one_ledger(folder: Path) -> None:
+    faults = Faults(lost=20, doubled=20, reordered=20)
+    heads = []
+    for name in ("one", "two"):
+        world = World(PAIR, folder / name, 7, faults=faults, kills=3, disconnects=3)
+        world.run()
+        heads.append((world.moments, audit.head_of(world)))
+    assert heads[0] == heads[1]
+
+
 # Partitions
 
 

@@ -11,7 +11,7 @@ import contextlib
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,6 +44,7 @@ from broker.protocol.topics import Topics
 from broker.service.run import BrokerService
 from broker.service.store import BrokerStore, ConsumerRow, ContractRow, DeviceRow
 from simulation.simulated_mqtt import Faults, Partition, SimulatedLink, SimulatedServer
+from simulation.simulated_mqtt import Message as MqttMessage
 
 LEDGER: Final = "sim-ledger"
 INTERVAL_S: Final = 1_800
@@ -83,6 +84,7 @@ class DevicePlan:
     broker: str
     source: Source
     energies_wh: tuple[int, ...]
+    area: str = "home"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +132,11 @@ class BrokerProcess:
     wants_turn: bool = True
     held_down: bool = False
 
+    @property
+    def connected(self) -> bool:
+        """True once the broker has taken in that it is connected."""
+        return self.service is not None and self.service._connections > 0
+
 
 @dataclass(frozen=True, slots=True)
 class Books:
@@ -175,10 +182,11 @@ class World:
         self._kills = kills
         self._disconnects = disconnects
         self._kill_at = kill_at
-        self._may_wait = may_wait
+        self.may_wait = may_wait
         self.moments = 0
         """How many moments have passed at which a broker can be killed."""
         self.moment_names: list[str] = []
+        self.patience_s = PATIENCE_S
         self.market_time_s = T0 + 10
         self.network_time_s = 0.0
         self.topics = Topics()
@@ -188,6 +196,7 @@ class World:
         (folder / "genesis.cbor").write_bytes(self.genesis.to_bytes())
         self.brokers = {name: BrokerProcess(name, self._config(name)) for name in plan.brokers}
         self.meters: dict[str, Meter] = {}
+        self._actions: list[Callable[[], None]] = []
         self._pending_sends: list[tuple[int, str, bytes]] = []
         for name in plan.brokers:
             self._register(name)
@@ -195,6 +204,35 @@ class World:
             self._add_meter(consumer.meter, consumer.broker, MessageType.DEMAND, consumer.energies_wh)
         for device in plan.devices:
             self._add_meter(device.device, device.broker, MessageType.READING, device.energies_wh)
+
+    def add_device(self, plan: DevicePlan) -> None:
+        """A further device, with its meter, as the command line would take it on while the broker runs or rests."""
+        store = BrokerStore(self.brokers[plan.broker].config.database)
+        store.begin()
+        self._take_on(store, plan)
+        store.commit()
+        store.close()
+        self.plan = replace(self.plan, devices=(*self.plan.devices, plan))
+        self._add_meter(plan.device, plan.broker, MessageType.READING, plan.energies_wh)
+
+    def say(self, sender: str, topic: str, payload: bytes) -> None:
+        """A message of somebody who is no part of the plan."""
+        self.server.route(MqttMessage(sender, topic, payload, 1, False))
+
+    def before_next_step(self, action: Callable[[], None]) -> None:
+        """Do this as soon as every broker is connected."""
+        self._actions.append(action)
+
+    def listen(self, topic: str) -> list[bytes]:
+        """The payloads that will be published on a topic."""
+        heard: list[bytes] = []
+        self.server.listeners.append(lambda message: heard.append(message.payload) if message.topic == topic else None)
+        return heard
+
+    def opened(self, raw: bytes) -> Message:
+        """A broker's message, verified."""
+        signers = {key(name).public.key_id: Signer(name, key(name).public) for name in self.brokers}
+        return open_envelope(raw, LEDGER, signers.get).message
 
     # Set-up
 
@@ -229,10 +267,11 @@ class World:
         store.close()
 
     def _take_on(self, store: BrokerStore, plan: DevicePlan) -> None:
+        """Put a device with its admission and mandate into its broker's store."""
         meter = key(plan.device).public
         capacity_w = 4 * max(1, *plan.energies_wh)
         admission = Admission(
-            plan.device, plan.owner, meter.cose_key, plan.source, Carrier.ELECTRICITY, capacity_w, "home", "roof", 0
+            plan.device, plan.owner, meter.cose_key, plan.source, Carrier.ELECTRICITY, capacity_w, plan.area, "roof", 0
         )
         mandate = Mandate(plan.device, plan.owner, plan.broker, T0 - 1_000 * INTERVAL_S)
         store.add_statement(
@@ -242,7 +281,7 @@ class World:
         store.add_statement(MessageType.MANDATE, self.signed(mandate, plan.owner))
         store.add_device(
             DeviceRow(
-                *(plan.device, plan.owner, meter.cose_key, meter.key_id, int(plan.source), capacity_w, "home"),
+                *(plan.device, plan.owner, meter.cose_key, meter.key_id, int(plan.source), capacity_w, plan.area),
                 *(100 + plan.source, mandate.from_s),
             )
         )
@@ -319,8 +358,8 @@ class World:
                 continue
             if self._at_rest():
                 return
-            if waited_s >= PATIENCE_S:
-                if self._may_wait:
+            if waited_s >= self.patience_s:
+                if self.may_wait:
                     return
                 raise Stuck(self.describe())
             waited_s += 1.0
@@ -367,6 +406,8 @@ class World:
                 self._disconnects -= 1
                 self.server.disconnect(self.random.choice(sorted(self.server.links)))
                 continue
+            if self._actions and all(process.connected for process in self.brokers.values()):
+                self._actions.pop(0)()
             step, arguments = steps[self.random.randrange(len(steps))]
             step(*arguments)
 
@@ -511,6 +552,7 @@ class World:
         unmatched: dict[tuple[str, int], int] = {}
         bought: Counter[tuple[str, int, str]] = Counter()
         kept: dict[tuple[str, int, str], int] = {}
+        source_of = {plan.device: plan.source for plan in self.plan.devices}
         for name, process in self.brokers.items():
             if process.service is None:
                 continue
@@ -520,9 +562,7 @@ class World:
             for message in store.all_messages(MessageType.DEMAND):
                 unmatched[message.meter, message.start_s] = message.energy_wh - message.delivered_wh
             for purchase in store.all_purchases():
-                order = store.order_out(purchase.order_id)
-                assert order is not None
-                label = Source(order.source).label
+                label = source_of[purchase.device].label
                 bought[name, purchase.asset_start_s, label] += purchase.to_wh - purchase.from_wh
             for start_s, shelves in process.service._broker._stock._shelves.items():
                 for source, shelf in shelves.items():
@@ -559,7 +599,7 @@ def _genesis(plan: Plan) -> Genesis:
         GATE_2_S,
         90 * 86_400,
         "EUR",
-        ("home",),
+        ("home", "away"),
         (NamedKey("registrar", key("registrar").public.cose_key),),
         (NamedKey("node", key("node").public.cose_key),),
         False,
