@@ -1,6 +1,6 @@
 """The command `energy-broker`: run a broker, register whom it serves, and look into ledgers.
 
-Exit codes: 0 done, 1 it could not be done (the reason is on stderr), 2 wrong usage or config.
+Exit codes: 0 done, 1 it could not be done, 2 wrong usage, config or input; the reason is one line on stderr.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from broker.config import load_broker_config, load_genesis, parse_public_key
 from broker.ledger.operations import Operation
 from broker.market.contracts import Contract, ContractError, ShortageChoice, make_contract
 from broker.protocol.envelope import seal
-from broker.protocol.errors import KeyFileError, ProtocolError
+from broker.protocol.errors import KeyFileError, MalformedMessage, ProtocolError
 from broker.protocol.keys import Algorithm, generate_private_key, load_private_key, save_private_key
 from broker.protocol.market_time import MarketCalendar
 from broker.protocol.messages import (
@@ -59,16 +59,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Command = options.command
     try:
         return command(options)
-    except (ConfigError, WrongValue, ContractError) as error:
-        return _say(USAGE, error)
-    except (KeyFileError, ProtocolError, RegistrationError, StoreError, LedgerError, OSError) as error:
-        return _say(FAILED, error)
     except BrokenPipeError:
-        return DONE
+        return DONE  # Whoever read our output, `head` for one, has seen enough.
+    except FileNotFoundError as error:
+        return _say(USAGE, f"{error.filename}: there is no such file; check the path")
+    except (ConfigError, WrongValue, ContractError, RegistrationError, KeyFileError) as error:
+        return _say(USAGE, error)
+    except (ProtocolError, StoreError, LedgerError, OSError) as error:
+        return _say(FAILED, error)
 
 
-def _say(code: int, error: BaseException) -> int:
-    print(f"energy-broker: {error}", file=sys.stderr)
+def _say(code: int, what: object) -> int:
+    print(f"energy-broker: {what}", file=sys.stderr)
     return code
 
 
@@ -79,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="energy-broker",
         description="A lightweight energy broker: resolves demands against a ledger of energy assets.",
-        epilog="Exit codes: 0 done, 1 it could not be done, 2 wrong usage or config.",
+        epilog="Exit codes: 0 done, 1 it could not be done, 2 wrong usage, config or input. See docs/broker.md.",
     )
     parser.add_argument("--version", action="version", version=f"energy-broker {version('dengen')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -110,89 +112,110 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 def _add_run(commands: Any) -> None:
     _add_config(_add(commands, "run", "Run the broker until it is told to stop (SIGTERM).", _run))
     parser = _add(commands, "check-config", "Check a config file and everything it names.", _check_config)
-    parser.add_argument("config", type=Path, metavar="FILE")
+    parser.add_argument("config", type=Path, metavar="FILE", help="the broker's config file (TOML)")
 
 
 def _add_key(commands: Any) -> None:
     group = _group(commands, "key", "Make and show signing keys.")
     new = _add(group, "new", "Make a private key, readable by you only, and print its public key.", _key_new)
-    new.add_argument("file", type=Path, metavar="FILE")
+    new.add_argument("file", type=Path, metavar="FILE", help="where to write it; an existing file is never overwritten")
     new.add_argument("--algorithm", choices=("ed25519", "p256"), default="ed25519", help="default: ed25519")
     show = _add(group, "show", "Print the public key (COSE_Key in hex) of a private key file.", _key_show)
-    show.add_argument("file", type=Path, metavar="FILE")
+    show.add_argument("file", type=Path, metavar="FILE", help="a private key file")
 
 
 def _add_ledger(commands: Any) -> None:
     group = _group(commands, "ledger", "Found a ledger, and look into one.")
     genesis = _add(group, "genesis", "Write the genesis file that a ledger is founded on.", _ledger_genesis)
-    genesis.add_argument("--out", type=Path, required=True, metavar="FILE")
-    genesis.add_argument("--ledger", required=True, metavar="ID")
+    genesis.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write it")
+    genesis.add_argument("--ledger", required=True, metavar="ID", help="the ledger's name")
     genesis.add_argument("--interval-s", type=int, default=1800, help="market interval: 900, 1800 (default) or 3600")
     genesis.add_argument("--gate-1-s", type=int, default=600, help="gate 1, after the end of an interval")
     genesis.add_argument("--gate-2-s", type=int, default=1200, help="gate 2, after the end of an interval")
-    genesis.add_argument("--correction-deadline-s", type=int, default=90 * 86_400)
-    genesis.add_argument("--currency", default="EUR")
-    genesis.add_argument("--area", action="append", required=True, metavar="NAME", help="market area; may be repeated")
-    genesis.add_argument("--registrar", action="append", required=True, metavar="NAME=KEY")
+    genesis.add_argument(
+        "--correction-deadline-s",
+        type=int,
+        default=90 * 86_400,
+        help="until when readings can be corrected; default: 90 days",
+    )
+    genesis.add_argument("--currency", default="EUR", help="of all prices; default: EUR")
+    genesis.add_argument(
+        "--area",
+        action="append",
+        required=True,
+        metavar="NAME",
+        help="market area; may be repeated, a broker clears the first",
+    )
+    genesis.add_argument(
+        "--registrar", action="append", required=True, metavar="NAME=KEY", help="admits parties; may be repeated"
+    )
     genesis.add_argument("--validator", action="append", required=True, metavar="NAME=KEY", help="signs the blocks")
     genesis.add_argument(
         "--conductor", metavar="NAME=KEY", help="makes it a simulated ledger whose time this one ticks"
     )
     trust = _add(group, "trust", "Print the trust file (ledger id and public keys) of a genesis file.", _ledger_trust)
-    trust.add_argument("--genesis", type=Path, required=True, metavar="FILE")
+    trust.add_argument("--genesis", type=Path, required=True, metavar="FILE", help="the ledger's genesis file")
     verify = _add(
         group, "verify", "Check a ledger from its first block: exit 0 only if all of it holds.", _ledger_verify
     )
-    verify.add_argument("path", type=Path, metavar="PATH")
+    verify.add_argument("path", type=Path, metavar="PATH", help="the ledger's directory")
     show = _add(group, "show", "Print what stands on a ledger.", _ledger_show)
-    show.add_argument("path", type=Path, metavar="PATH")
-    show.add_argument("what", choices=("head", "blocks", "operations", "assets", "demands", "deliveries", "orders"))
+    show.add_argument("path", type=Path, metavar="PATH", help="the ledger's directory")
+    show.add_argument(
+        "what",
+        choices=("head", "blocks", "operations", "assets", "demands", "deliveries", "orders"),
+        help="head is the last block with its hashes",
+    )
     show.add_argument("--json", action="store_true", help="one JSON object a line")
     audit = _add(group, "audit", "Print the books of a ledger: per source and interval, as CSV.", _ledger_audit)
-    audit.add_argument("path", type=Path, metavar="PATH")
+    audit.add_argument("path", type=Path, metavar="PATH", help="the ledger's directory")
 
 
 def _add_registrar(commands: Any) -> None:
     group = _group(commands, "registrar", "Sign who and what is admitted to a ledger.")
     register = _add(group, "register", "Sign the registration of a broker or provider.", _registrar_register)
     _add_signing(register, "the registrar")
-    register.add_argument("--party", required=True, metavar="NAME")
-    register.add_argument("--role", required=True, choices=("broker", "provider"))
-    register.add_argument("--party-key", required=True, metavar="KEY")
+    register.add_argument("--party", required=True, metavar="NAME", help="who is registered")
+    register.add_argument("--role", required=True, choices=("broker", "provider"), help="what it may do")
+    register.add_argument("--party-key", required=True, metavar="KEY", help="its public key, as `key show` prints it")
     admit = _add(group, "admit", "Sign the admission of a generating device.", _registrar_admit)
     _add_signing(admit, "the registrar")
     admit.add_argument("--device", required=True, metavar="NAME", help="also the name of its meter")
-    admit.add_argument("--owner", required=True, metavar="NAME")
-    admit.add_argument("--meter-key", required=True, metavar="KEY")
+    admit.add_argument("--owner", required=True, metavar="NAME", help="the provider that it belongs to")
+    admit.add_argument("--meter-key", required=True, metavar="KEY", help="the public key of its meter")
     admit.add_argument("--source", required=True, metavar="SOURCE", help=", ".join(source.label for source in Source))
-    admit.add_argument("--capacity-w", required=True, type=int)
-    admit.add_argument("--area", required=True, metavar="NAME")
-    admit.add_argument("--place", default="", metavar="TEXT")
-    admit.add_argument("--commissioned", required=True, metavar="TIME", help="for example 2020-01-31T00:00:00Z")
+    admit.add_argument("--capacity-w", required=True, type=int, metavar="W", help="what it can make at most")
+    admit.add_argument("--area", required=True, metavar="NAME", help="the market area that it feeds")
+    admit.add_argument("--place", default="", metavar="TEXT", help="where it stands; public, so coarse for a household")
+    admit.add_argument(
+        "--commissioned", required=True, metavar="TIME", help="since when it runs, for example 2020-01-31T00:00:00Z"
+    )
 
 
 def _add_signing(parser: argparse.ArgumentParser, who: str) -> None:
-    parser.add_argument("--genesis", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--genesis", type=Path, required=True, metavar="FILE", help="the ledger's genesis file")
     parser.add_argument("--name", required=True, metavar="NAME", help=f"the name of {who}")
     parser.add_argument("--key", type=Path, required=True, metavar="FILE", help=f"the private key of {who}")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the signed statement")
 
 
 def _add_provider(commands: Any) -> None:
     group = _group(commands, "provider", "Mandates of providers, and taking them on.")
     mandate = _add(group, "mandate", "Sign a mandate: this broker may take what the device makes.", _provider_mandate)
     _add_signing(mandate, "the owner")
-    mandate.add_argument("--device", required=True, metavar="NAME")
-    mandate.add_argument("--broker", required=True, metavar="NAME")
-    mandate.add_argument("--from", dest="from_time", required=True, metavar="TIME")
+    mandate.add_argument("--device", required=True, metavar="NAME", help="the device")
+    mandate.add_argument("--broker", required=True, metavar="NAME", help="who may take its energy")
+    mandate.add_argument("--from", dest="from_time", required=True, metavar="TIME", help="an interval's beginning")
     end = _add(group, "end-mandate", "Sign the end of a mandate at a coming boundary.", _provider_end_mandate)
     _add_signing(end, "the owner")
-    end.add_argument("--device", required=True, metavar="NAME")
-    end.add_argument("--at", required=True, metavar="TIME")
+    end.add_argument("--device", required=True, metavar="NAME", help="the device")
+    end.add_argument("--at", required=True, metavar="TIME", help="an interval's beginning, still to come")
     add = _add(group, "add", "Take devices under mandate from signed statements.", _provider_add)
     _add_config(add)
-    add.add_argument("--price", type=int, required=True, help="µ-currency per kWh")
-    add.add_argument("statements", type=Path, nargs="+", metavar="FILE")
+    add.add_argument("--price", type=_not_negative, required=True, metavar="PRICE", help="µ-currency per kWh")
+    add.add_argument(
+        "statements", type=Path, nargs="+", metavar="FILE", help="registration, admissions and mandates, signed"
+    )
 
 
 def _add_consumer(commands: Any) -> None:
@@ -201,7 +224,7 @@ def _add_consumer(commands: Any) -> None:
     contract = _add(group, "contract", "Give a consumer a new contract from a coming time on.", _consumer_contract)
     for parser in (add, contract):
         _add_config(parser)
-        parser.add_argument("--meter", required=True, metavar="NAME")
+        parser.add_argument("--meter", required=True, metavar="NAME", help="the consumer's meter")
         parser.add_argument(
             "--line",
             action="append",
@@ -216,7 +239,13 @@ def _add_consumer(commands: Any) -> None:
             help="unmatched (default), any, or substitutes:SOURCE,SOURCE,…",
         )
         parser.add_argument("--area", metavar="NAME", help="default: the ledger's first area")
-        parser.add_argument("--from", dest="from_time", required=parser is contract, metavar="TIME")
+        parser.add_argument(
+            "--from",
+            dest="from_time",
+            required=parser is contract,
+            metavar="TIME",
+            help="valid from then on, for example 2026-01-31T00:00:00Z",
+        )
     add.add_argument("--key", required=True, metavar="KEY", help="the meter's public key (`meter-agent` signs with it)")
 
 
@@ -225,13 +254,13 @@ def _add_listing(commands: Any) -> None:
 
     statement = _add(commands, "statement", "Put signed statements on the ledger when the broker runs.", _statement_add)
     _add_config(statement)
-    statement.add_argument("statements", type=Path, nargs="+", metavar="FILE")
+    statement.add_argument("statements", type=Path, nargs="+", metavar="FILE", help="signed statements")
     listing = _add(commands, "list", "List or export a table of the broker.", _list)
     _add_config(listing)
-    listing.add_argument("table", choices=TABLES)
+    listing.add_argument("table", choices=TABLES, help="which table")
     form = listing.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON object a line")
-    form.add_argument("--csv", action="store_true")
+    form.add_argument("--csv", action="store_true", help="CSV with a header")
 
 
 # Commands
@@ -253,6 +282,10 @@ def _check_config(options: argparse.Namespace) -> int:
             raise ConfigError(options.config, "ledger.host.validator", "a validator of the genesis, with its key")
     if config.broker.clock == "conductor" and not genesis.simulated:
         raise ConfigError(options.config, "broker.clock", "'system', since this ledger is not simulated")
+    for key_name in ("password_file", "ca_file", "certificate_file", "key_file"):
+        path: Path | None = getattr(config.mqtt, key_name)
+        if path is not None and not path.is_file():
+            raise ConfigError(options.config, f"mqtt.{key_name}", f"a file that is there, not {path}")
     print(f"{options.config}: broker {config.broker.name} on ledger {genesis.ledger}: fine")
     return DONE
 
@@ -289,7 +322,10 @@ def _ledger_genesis(options: argparse.Namespace) -> int:
         _named_key(options.conductor) if options.conductor is not None else None,
     )
     raw = genesis.to_bytes()
-    Genesis.from_bytes(raw)
+    try:
+        Genesis.from_bytes(raw)
+    except MalformedMessage as error:
+        raise WrongValue(error.where, error.expected) from error
     options.out.write_bytes(raw)
     return DONE
 
@@ -393,7 +429,10 @@ def _provider_end_mandate(options: argparse.Namespace) -> int:
 
 def _write_signed(options: argparse.Namespace, message: Message) -> int:
     """Sign a statement and write it, after a look at whether it would be accepted as a message."""
-    type(message).from_payload(message.to_payload())
+    try:
+        type(message).from_payload(message.to_payload())
+    except MalformedMessage as error:
+        raise WrongValue(error.where, error.expected) from error
     genesis = load_genesis(options.genesis)
     key = load_private_key(options.key)
     options.out.write_bytes(seal(message, key, genesis.ledger, options.name))
@@ -481,6 +520,13 @@ def _named_key(text: str) -> NamedKey:
     return NamedKey(name, parse_public_key(key).cose_key)
 
 
+def _not_negative(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, got {number}")
+    return number
+
+
 def _time(text: str) -> int:
     """UTC epoch seconds of an ISO 8601 time with its zone."""
     try:
@@ -537,7 +583,12 @@ def _print_csv(rows: Iterable[dict[str, Any]]) -> None:
         if writer is None:
             writer = csv.DictWriter(sys.stdout, list(row), lineterminator="\n")
             writer.writeheader()
-        writer.writerow(row)
+        writer.writerow({key: _in_a_cell(value) for key, value in row.items()})
+
+
+def _in_a_cell(value: Any) -> Any:
+    """Lists and tables within a row stand as JSON in their cell."""
+    return json.dumps(value) if isinstance(value, dict | list) else value
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from broker.market.contracts import Contract, contract_bytes, contract_from_bytes
+from broker.protocol.codec import is_name
 from broker.protocol.envelope import parse
 from broker.protocol.errors import MalformedMessage, ProtocolError
 from broker.protocol.keys import PublicKey, public_key_from_cose
@@ -37,6 +38,8 @@ def add_consumer(
     Raises RegistrationError if the area is unknown, or meter or key are registered already.
     """
     _check_area(genesis, contract.area)
+    if not is_name(meter):
+        raise RegistrationError(f"{meter!r} is no name for a meter; use a-z, 0-9 and -, at most 63 of them")
     if store.consumer(meter) is not None:
         raise RegistrationError(
             f"{meter} is registered already; change its contract with `energy-broker consumer contract`"
@@ -183,7 +186,9 @@ TABLES: Final = (
     "readings",
     "history",
     "orders",
+    "requests",
     "purchases",
+    "batches",
     "conflicts",
 )
 """What can be listed and exported."""
@@ -289,6 +294,32 @@ def _orders(store: BrokerStore) -> Iterator[dict[str, Any]]:
         }
 
 
+def _requests(store: BrokerStore) -> Iterator[dict[str, Any]]:
+    for row in store.all_orders_in():
+        yield {
+            "order_id": row.order_id.hex(),
+            "requester": row.requester,
+            "start_s": row.start_s,
+            "source": Source(row.source).label,
+            "energy_wh": row.energy_wh,
+            "state": row.state,
+            "granted_wh": row.granted_wh,
+        }
+
+
+def _batches(store: BrokerStore) -> Iterator[dict[str, Any]]:
+    for row in store.all_batches():
+        yield {
+            "number": row.number,
+            "batch_id": row.batch_id.hex(),
+            "kind": row.kind.name.lower(),
+            "start_s": row.start_s,
+            "state": row.state.name.lower(),
+            "height": row.height,
+            "reason": row.reason,
+        }
+
+
 def _purchases(store: BrokerStore) -> Iterator[dict[str, Any]]:
     for row in store.all_purchases():
         yield {
@@ -323,6 +354,8 @@ _LISTINGS: Final = {
     "readings": _readings,
     "history": _history,
     "orders": _orders,
+    "requests": _requests,
     "purchases": _purchases,
+    "batches": _batches,
     "conflicts": _conflicts,
 }

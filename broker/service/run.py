@@ -7,6 +7,7 @@ synchronisation serves a whole turn.
 """
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -38,6 +39,11 @@ LONGEST_WAIT_S: Final = 1.0
 
 STATUS_EVERY_S: Final = 60.0
 
+GARBAGE_THRESHOLDS: Final = (50_000, 20, 50)
+"""When Python looks for reference cycles (`gc.set_threshold`). A turn makes many values and no cycles, and by default a
+tenth of the broker's time goes into looking at them all the same.
+"""
+
 
 def run_broker(config: BrokerConfig) -> int:
     """Run until SIGTERM or SIGINT; returns the exit code."""
@@ -55,6 +61,8 @@ def run_broker(config: BrokerConfig) -> int:
         signal.signal(signal.SIGTERM, stop)
         signal.signal(signal.SIGINT, stop)
         LOG.info("broker %s runs on ledger %s", config.broker.name, genesis.ledger)
+        gc.freeze()  # What is there by now stays, so it need not be looked at again.
+        gc.set_threshold(*GARBAGE_THRESHOLDS)
         while not stopping:
             service.turn()
         service.say_goodbye()
@@ -66,6 +74,9 @@ class Link(Protocol):
 
     connected: bool
     connections: int
+
+    @property
+    def last_failure(self) -> str: ...
 
     def poll(self, timeout_s: float) -> list[Incoming]: ...
 
@@ -138,6 +149,7 @@ class BrokerService:
         self._report: Report | None = None
         self._unsent: deque[bytes] = deque()
         self._connections = 0
+        self._told_failure = ""
         self._next_status_s = 0.0
         self._busy = True
 
@@ -183,6 +195,7 @@ class BrokerService:
         if self._link.connections != self._connections:
             self._connections = self._link.connections
             self._on_connect(now_s, answers)
+        self._tell_failure()
         if not self._simulated:
             self._broker.set_time(int(self._calendar_s()))
         for message in incoming:
@@ -217,6 +230,13 @@ class BrokerService:
     def _resend_due(self, now_s: float) -> bool:
         resend_at_s = self._broker.next_resend_at_s()
         return resend_at_s is not None and resend_at_s <= now_s
+
+    def _tell_failure(self) -> None:
+        """Say once why there is no connection; it is tried again and again without another word."""
+        failure = "" if self._link.connected else self._link.last_failure
+        if failure and failure != self._told_failure:
+            LOG.warning("no connection to MQTT: %s; trying again, what is stored is sent then", failure)
+        self._told_failure = failure
 
     def _on_connect(self, now_s: float, answers: list[Outgoing]) -> None:
         LOG.info("connected to MQTT")

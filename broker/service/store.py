@@ -213,6 +213,8 @@ class BatchRow:
     start_s: int
     raw: bytes
     state: WorkState
+    height: int | None = None
+    reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -601,11 +603,11 @@ class BrokerStore:
         )
         return [_batch_row(row) for row in rows]
 
-    def batch(self, batch_id: bytes) -> BatchRow | None:
-        row = self._db.execute(
-            "SELECT number, batch_id, kind, start_s, raw, state FROM batch WHERE batch_id = ?", (batch_id,)
-        ).fetchone()
-        return _batch_row(row) if row else None
+    def all_batches(self) -> Iterator[BatchRow]:
+        rows = self._db.execute(
+            "SELECT number, batch_id, kind, start_s, raw, state, height, reason FROM batch ORDER BY number"
+        )
+        return (_batch_row(row) for row in rows)
 
     def set_batch(self, batch_id: bytes, state: WorkState, height: int | None, reason: str | None) -> None:
         """Note the result; the bytes of a finished batch stand on the ledger and are not kept twice."""
@@ -666,6 +668,10 @@ class BrokerStore:
             "UPDATE order_out SET state = ?, seen_wh = ?, answered_wh = ?, reason = ? WHERE order_id = ?",
             (state, seen_wh, answered_wh, reason, order_id),
         )
+
+    def all_orders_in(self) -> Iterator[OrderInRow]:
+        rows = self._db.execute("SELECT * FROM order_in ORDER BY start_s, requester, source, order_id")
+        return (OrderInRow(*row) for row in rows)
 
     def add_order_in(self, row: OrderInRow) -> None:
         self._db.execute(
@@ -787,5 +793,5 @@ def _message_row(row: Sequence[Any]) -> MessageRow:
     )
 
 
-def _batch_row(row: tuple[int, bytes, int, int, bytes, int]) -> BatchRow:
-    return BatchRow(row[0], row[1], BatchKind(row[2]), row[3], row[4], WorkState(row[5]))
+def _batch_row(row: Sequence[Any]) -> BatchRow:
+    return BatchRow(row[0], row[1], BatchKind(row[2]), row[3], row[4], WorkState(row[5]), *row[6:])

@@ -57,6 +57,7 @@ class SimulatedLink:
     """Messages on their way here, and whether each is a retained one that answers a subscription."""
     ready: deque[Incoming] = field(default_factory=deque)
     numbered: int = 0
+    last_failure: str = ""
 
     def poll(self, timeout_s: float) -> list[Incoming]:
         """Some of the messages that are there, oldest first; never waits."""
