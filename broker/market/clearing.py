@@ -22,7 +22,7 @@ gains nothing but a rounded Wh.
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from broker.market.contracts import Contract, History, ShortageChoice
 from broker.market.mix import apportion, plain_shares
@@ -36,9 +36,11 @@ _LINE_OF_SOURCE: Final = -1
 """In a claim: the line is whichever one covers the source that is given."""
 
 
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """Wh of one source for one contract line (NO_LINE: a substitute that no line covers)."""
+class Taken(NamedTuple):
+    """Wh of one source for one contract line (NO_LINE: a substitute that no line covers).
+
+    A named tuple like `market.stock.HeldSlice`, and for the same reason.
+    """
 
     line: int
     source: Source

@@ -13,6 +13,9 @@ from broker.protocol import cbor
 from broker.protocol.errors import MalformedMessage
 from broker.protocol.limits import MAX_INTEGER, MAX_NAME_CHARACTERS
 
+_AS_IT_IS: Final = frozenset((int, str, bytes, bool))
+"""What has one of these types, and not a subclass of it, is its own CBOR data whatever the codec."""
+
 _NAME: Final = re.compile(rf"[a-z0-9][a-z0-9-]{{0,{MAX_NAME_CHARACTERS - 1}}}")
 
 
@@ -138,15 +141,20 @@ class Many:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A fixed array of different items, as the value class `into` (or as a tuple if that is None)."""
+    """A fixed array of different items, as the value class `into` (a dataclass with slots, or a named tuple), or as a
+    tuple if that is None.
+    """
 
     items: tuple[Codec, ...]
     into: Any = None
 
     def encode(self, value: Any) -> Any:
-        if self.into is not None:
+        if not isinstance(value, tuple):
             value = [getattr(value, name) for name in self.into.__slots__]
-        return [codec.encode(item) for codec, item in zip(self.items, value, strict=True)]
+        return [
+            item if type(item) in _AS_IT_IS else codec.encode(item)
+            for codec, item in zip(self.items, value, strict=True)
+        ]
 
     def decode(self, data: Any, where: str) -> Any:
         if type(data) is not list or len(data) != len(self.items):
@@ -171,7 +179,7 @@ def encode_fields(fields: tuple[Field, ...], value: Any) -> dict[int, Any]:
     for field in fields:
         item = getattr(value, field.name)
         if item is not None or not field.optional:
-            data[field.key] = field.codec.encode(item)
+            data[field.key] = item if type(item) in _AS_IT_IS else field.codec.encode(item)
     return data
 
 
@@ -185,14 +193,18 @@ def decode_fields(fields: tuple[Field, ...], data: Any, where: str) -> list[Any]
     cbor.check_key_order(data, where)
     values = []
     seen = 0
-    for field in fields:
-        if field.key in data:
-            values.append(field.codec.decode(data[field.key], f"{where}.{field.name}"))
-            seen += 1
-        elif field.optional:
-            values.append(None)
-        else:
-            raise MalformedMessage(f"{where}.{field.name}", "to be present")
+    try:
+        for field in fields:
+            if field.key in data:
+                values.append(field.codec.decode(data[field.key], field.name))
+                seen += 1
+            elif field.optional:
+                values.append(None)
+            else:
+                raise MalformedMessage(field.name, "to be present")
+    except MalformedMessage as error:
+        # Named in full only now: nearly everything is well formed, and this is on the hot path.
+        raise MalformedMessage(f"{where}.{error.where}", error.expected) from None
     if seen != len(data):
         known = {field.key for field in fields}
         raise MalformedMessage(where, f"no keys but {sorted(known)}, got {sorted(set(data) - known)}")

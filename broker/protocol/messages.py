@@ -7,7 +7,7 @@ Energy is in whole Wh, power in W, time in UTC epoch seconds, prices in µ-curre
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import ClassVar, Final, Self
+from typing import ClassVar, Final, NamedTuple, Self
 
 from broker.protocol import cbor
 from broker.protocol.codec import (
@@ -219,8 +219,7 @@ class Receipt(Message):
     MAX_BYTES: ClassVar[int] = MAX_METER_MESSAGE_BYTES
 
 
-@dataclass(frozen=True, slots=True)
-class DeliveredLine:
+class DeliveredLine(NamedTuple):
     """Wh of one source that a demand got, for the contract line with that index (NO_LINE: a substitute)."""
 
     line: int
