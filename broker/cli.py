@@ -510,7 +510,7 @@ def _share(text: str) -> tuple[str, int]:
         ppm = Decimal(percent) * 10_000
     except InvalidOperation:
         raise WrongValue("--line", f"SOURCE=PERCENT, got {text!r}") from None
-    if ppm != ppm.to_integral_value():
+    if not ppm.is_finite() or ppm != ppm.to_integral_value():
         raise WrongValue("--line", f"a percentage with at most four decimals, got {text!r}")
     return name, int(ppm)
 

@@ -1,0 +1,420 @@
+"""`energy-broker`: every command is documented and does what it says; what is wrong is a sentence and an exit code."""
+
+import argparse
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from broker import cli
+from broker.config import load_broker_config
+from broker.protocol.messages import Genesis, MessageType
+from broker.service.store import BatchKind, BatchRow, BrokerStore, OrderInRow, OrderOutRow, WorkState
+
+ROOT = Path(__file__).parents[3]
+PAGE = ROOT / "docs" / "broker.md"
+
+
+def leaves(
+    parser: argparse.ArgumentParser, words: tuple[str, ...] = ()
+) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Every command that does something, with its parser."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, child in action.choices.items():
+                yield from leaves(child, (*words, name))
+            return
+    yield " ".join(words), parser
+
+
+COMMANDS = dict(leaves(cli._parser()))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_for_itself_and_every_argument(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*command.split(), "--help"])
+    assert ended.value.code == 0
+    assert f"energy-broker {command}" in capsys.readouterr().out
+    parser = COMMANDS[command]
+    assert parser.description
+    assert [action.dest for action in parser._actions if not action.help] == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_on_the_page(command: str) -> None:
+    assert f"`energy-broker {command}" in PAGE.read_text()
+
+
+def test_every_option_is_on_the_page() -> None:
+    page = PAGE.read_text()
+    options = {
+        option for parser in COMMANDS.values() for action in parser._actions for option in action.option_strings
+    } - {"-h", "--help"}
+    assert {option for option in options if f"{option}`" not in page and f"{option} " not in page} == set()
+
+
+def test_every_table_is_on_the_page() -> None:
+    from broker.service.registration import TABLES
+
+    page = PAGE.read_text()
+    assert [table for table in TABLES if table not in page] == []
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("energy-broker 0.")
+
+
+class Desk:
+    """A folder with keys, a genesis, a broker's config and statements, made by commands."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder = folder
+        self._capsys = capsys
+        self.keys = {
+            name: self.done("key", "new", self.file(f"{name}.pem")).strip()
+            for name in ("registrar", "node", "east", "west", "ola", "roof", "home", "barn")
+        }
+        self.done(*self.genesis())
+        self.config = self.file("east.toml")
+        self.config.write_text(self.config_text())
+        sign = ("--genesis", self.file("genesis.cbor"), "--name")
+        self.done(
+            *("registrar", "register", *sign, "registrar", "--key", self.file("registrar.pem")),
+            *("--party", "ola", "--role", "provider", "--party-key", self.keys["ola"], "--out", self.file("ola.reg")),
+        )
+        self.done(
+            *("registrar", "admit", *sign, "registrar", "--key", self.file("registrar.pem"), "--device", "roof"),
+            *("--owner", "ola", "--meter-key", self.keys["roof"], "--source", "solar", "--capacity-w", 4000),
+            *("--area", "home", "--commissioned", "2020-01-01T00:00:00Z", "--out", self.file("roof.adm")),
+        )
+        self.done(*self.mandate("east", "roof.man"))
+
+    def file(self, name: str) -> Path:
+        return self.folder / name
+
+    def config_text(self) -> str:
+        return f"""
+[broker]
+name = "east"
+key_file = "east.pem"
+data_dir = "data"
+
+[ledger]
+genesis_file = "genesis.cbor"
+
+[[neighbours]]
+name = "west"
+key = "{self.keys["west"]}"
+"""
+
+    def genesis(self, **changes: object) -> list[object]:
+        values: dict[str, object] = {
+            "out": self.file("genesis.cbor"),
+            "ledger": "test-ledger",
+            "area": "home",
+            "registrar": f"registrar={self.keys['registrar']}",
+            "validator": f"node={self.keys['node']}",
+        } | changes
+        words: list[object] = ["ledger", "genesis"]
+        for name, value in values.items():
+            words += [f"--{name.replace('_', '-')}", value]
+        return words
+
+    def mandate(self, broker: str, out: str) -> list[object]:
+        return [
+            *("provider", "mandate", "--genesis", self.file("genesis.cbor"), "--name", "ola"),
+            *("--key", self.file("ola.pem"), "--device", "roof", "--broker", broker),
+            *("--from", "2021-01-01T00:00:00Z", "--out", self.file(out)),
+        ]
+
+    def consumer(self, *more: object, meter: str = "home", key: str | None = None) -> list[object]:
+        key = self.keys[meter] if key is None else key
+        return ["consumer", "add", "--config", self.config, "--meter", meter, "--key", key, *more]
+
+    def provider(self, *statements: str) -> list[object]:
+        return ["provider", "add", "--config", self.config, "--price", 90_000, *map(self.file, statements)]
+
+    def run(self, *words: object) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr of a command."""
+        try:
+            code = cli.main([str(word) for word in words])
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        said = self._capsys.readouterr()
+        return code, said.out, said.err
+
+    def done(self, *words: object) -> str:
+        code, out, err = self.run(*words)
+        assert (code, err) == (0, "")
+        return out
+
+    def store(self) -> BrokerStore:
+        return BrokerStore(load_broker_config(self.config).database)
+
+    def table(self, name: str, *form: str) -> str:
+        return self.done("list", name, "--config", self.config, *form)
+
+
+@pytest.fixture
+def desk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Desk:
+    return Desk(tmp_path, capsys)
+
+
+def without(name: str) -> Callable[[Desk], list[object]]:
+    """`check-config` after a line of the config is changed."""
+
+    def words(desk: Desk) -> list[object]:
+        old, new = name.split(" -> ")
+        desk.config.write_text(desk.config_text().replace(old, new))
+        return ["check-config", desk.config]
+
+    return words
+
+
+WRONG: dict[str, tuple[Callable[[Desk], list[object]], str]] = {
+    "contract over 100 %": (lambda d: d.consumer("--line", "solar=60", "--line", "wind=50"), "110 %"),
+    "unknown source": (lambda d: d.consumer("--line", "moonlight=100"), "moonlight"),
+    "no percentage": (lambda d: d.consumer("--line", "solar"), "SOURCE=PERCENT"),
+    "a share of NaN": (lambda d: d.consumer("--line", "solar=nan"), "percentage"),
+    "an infinite share": (lambda d: d.consumer("--line", "solar=inf"), "percentage"),
+    "a share without end": (lambda d: d.consumer("--line", "solar=33.33333"), "four decimals"),
+    "a negative share": (lambda d: d.consumer("--line", "solar=-5"), "above 0"),
+    "a line twice": (lambda d: d.consumer("--line", "solar=5", "--line", "solar=5"), "two lines"),
+    "unknown shortage choice": (lambda d: d.consumer("--shortage", "cry"), "unmatched, any or substitutes"),
+    "unknown substitute": (lambda d: d.consumer("--shortage", "substitutes:moon"), "moon"),
+    "time without zone": (lambda d: d.consumer("--from", "2026-01-31T00:00:00"), "with its zone"),
+    "no time at all": (lambda d: d.consumer("--from", "soon"), "2026-01-31T00:00:00Z"),
+    "unknown area": (lambda d: d.consumer("--area", "mars"), "mars"),
+    "bad key hex": (lambda d: d.consumer(key="zz"), "key show"),
+    "a key that is none": (lambda d: d.consumer(key="a301"), "key show"),
+    "a meter name that is none": (lambda d: d.consumer(meter="My Meter", key=d.keys["home"]), "My Meter"),
+    "config typo": (without("data_dir -> data_dri"), "broker.data_dri"),
+    "config value": (without('"east" -> "East Side"'), "broker.name"),
+    "config without ledger": (without("[ledger] -> [legder]"), "legder"),
+    "neighbour key": (without("a301 -> zz01"), "neighbours"),
+    "itself as neighbour": (without('"west" -> "east"'), "not this broker itself"),
+    "missing key file": (without("east.pem -> gone.pem"), "energy-broker key new"),
+    "missing genesis": (without("genesis.cbor -> gone.cbor"), "gone.cbor"),
+    "missing config": (lambda d: ["run", "--config", d.file("gone.toml")], "gone.toml"),
+    "conductor on a real ledger": (without('data_dir = "data" -> data_dir = "data"\nclock = "conductor"'), "simulated"),
+    "missing CA file": (without('[ledger] -> [mqtt]\nca_file = "gone.crt"\n[ledger]'), "mqtt.ca_file"),
+    "gates in the wrong order": (lambda d: d.genesis(gate_1_s=900, gate_2_s=600), "gate_1_s < gate_2_s"),
+    "gate 2 after the next interval": (lambda d: d.genesis(gate_2_s=1_801), "interval_s"),
+    "odd interval": (lambda d: d.genesis(interval_s=1_000), "900, 1800 or 3600"),
+    "ledger name": (lambda d: d.genesis(ledger="My Ledger"), "genesis.ledger"),
+    "registrar without key": (lambda d: d.genesis(registrar="registrar"), "key show"),
+    "provider without mandate": (lambda d: d.provider("ola.reg", "roof.adm"), "no mandate"),
+    "provider without admission": (lambda d: d.provider("ola.reg", "roof.man"), "admission of roof"),
+    "statement that is none": (lambda d: d.provider("east.pem"), "not a signed statement"),
+    "missing statement": (lambda d: d.provider("gone.man"), "gone.man"),
+    "negative price": (lambda d: [*d.provider("roof.man")[:5], "-1", d.file("roof.man")], "0 or more"),
+    "unknown contract": (
+        lambda d: ["consumer", "contract", *d.consumer()[2:6], "--from", "2030-01-01T00:00:00Z"],
+        "no consumer home",
+    ),
+    "unknown device source": (
+        lambda d: [
+            *("registrar", "admit", "--genesis", d.file("genesis.cbor"), "--name", "registrar"),
+            *("--key", d.file("registrar.pem"), "--device", "x", "--owner", "ola", "--meter-key", d.keys["roof"]),
+            *("--source", "moonlight", "--capacity-w", "1", "--area", "home"),
+            *("--commissioned", "2020-01-01T00:00:00Z", "--out", d.file("x")),
+        ],
+        "moonlight",
+    ),
+    "device without capacity": (
+        lambda d: [
+            *("registrar", "admit", "--genesis", d.file("genesis.cbor"), "--name", "registrar"),
+            *("--key", d.file("registrar.pem"), "--device", "x", "--owner", "ola", "--meter-key", d.keys["roof"]),
+            *("--source", "solar", "--capacity-w", "0", "--area", "home"),
+            *("--commissioned", "2020-01-01T00:00:00Z", "--out", d.file("x")),
+        ],
+        "admission.capacity_w",
+    ),
+    "unknown table": (lambda d: ["list", "secrets", "--config", d.config], "invalid choice"),
+    "no command": (lambda _d: [], "required"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_usage_ends_with_2_and_a_sentence(desk: Desk, case: str) -> None:
+    words, sentence = WRONG[case]
+    code, out, err = desk.run(*words(desk))
+    assert (code, out) == (2, "")
+    assert sentence in err
+    assert "Traceback" not in err
+
+
+def test_a_typo_in_a_config_names_file_key_and_what_was_meant(desk: Desk) -> None:
+    desk.config.write_text(desk.config_text().replace("key_file", "key_flie"))
+    code, _, err = desk.run("check-config", desk.config)
+    assert code == 2
+    assert str(desk.config) in err
+    assert "broker.key_flie" in err
+    assert "key_file" in err
+
+
+def test_a_mandate_for_another_broker_is_not_taken(desk: Desk) -> None:
+    desk.done(*desk.mandate("west", "west.man"))
+    code, _, err = desk.run(*desk.provider("ola.reg", "roof.adm", "west.man"))
+    assert code == 2
+    assert "is for west, this broker is east" in err
+    assert desk.table("providers") == ""
+
+
+def test_a_consumer_is_added_once_and_keeps_its_contract(desk: Desk) -> None:
+    printed = desk.done(*desk.consumer("--line", "solar=40", "--line", "wind=30"))
+    assert printed == "home: solar 40 %, wind 30 %, any 30 %; when short: unmatched\n"
+    code, _, err = desk.run(*desk.consumer("--line", "coal=100"))
+    assert code == 2
+    assert "consumer contract" in err
+    code, _, err = desk.run(*desk.consumer(meter="barn", key=desk.keys["home"]))
+    assert code == 2
+    assert "another meter has the key of barn" in err
+    (row,) = map(json.loads, desk.table("contracts", "--json").splitlines())
+    assert row["lines_ppm"] == {"solar": 400_000, "wind": 300_000, "any": 300_000}
+    assert desk.table("consumers").count("\n") == 1
+
+
+def test_a_contract_changes_from_a_coming_time_on(desk: Desk) -> None:
+    desk.done(*desk.consumer("--line", "solar=100", "--from", "2026-01-01T00:00:00Z"))
+    change = ["consumer", "contract", "--config", desk.config, "--meter", "home", "--line", "wind=100", "--from"]
+    code, _, err = desk.run(*change, "2025-01-01T00:00:00Z")
+    assert code == 2
+    assert "must begin later" in err
+    store = desk.store()
+    february_s = 1_769_904_000
+    store.add_message(february_s, "home", MessageType.DEMAND, 0, b"m", b"raw", 1, b"p", b"c")
+    store.close()
+    code, _, err = desk.run(*change, "2026-02-01T00:00:00Z")
+    assert code == 2
+    assert "has demands after" in err
+    desk.done(*change, "2026-03-01T00:00:00Z")
+    versions = [json.loads(line)["version"] for line in desk.table("contracts", "--json").splitlines()]
+    assert versions == [1, 2]
+
+
+def test_a_provider_is_taken_on_once_with_its_statements(desk: Desk) -> None:
+    assert desk.done(*desk.provider("ola.reg", "roof.adm", "roof.man")) == "taken on: roof\n"
+    (row,) = csv.DictReader(io.StringIO(desk.table("providers", "--csv")))
+    assert (row["device"], row["owner"], row["source"], row["price"]) == ("roof", "ola", "solar", "90000")
+    states = [json.loads(line)["state"] for line in desk.table("statements", "--json").splitlines()]
+    assert states == ["waiting"] * 3
+    code, _, err = desk.run(*desk.provider("ola.reg", "roof.adm", "roof.man"))
+    assert code == 2
+    assert "taken on already" in err
+
+
+def test_a_devices_meter_is_no_consumer(desk: Desk) -> None:
+    desk.done(*desk.provider("ola.reg", "roof.adm", "roof.man"))
+    code, _, err = desk.run(*desk.consumer(meter="roof"))
+    assert code == 2
+    assert "generating device" in err
+
+
+def test_statements_are_kept_and_other_files_are_not(desk: Desk) -> None:
+    out = desk.done("statement", "--config", desk.config, desk.file("ola.reg"))
+    assert out.endswith("registration, kept for the ledger\n")
+    code, _, err = desk.run("statement", "--config", desk.config, desk.file("genesis.cbor"))
+    assert code == 2
+    assert "no signed statement" in err
+
+
+def test_states_are_words(desk: Desk) -> None:
+    store = desk.store()
+    store.add_order_out(OrderOutRow(b"1" * 16, 1_800, "west", 3, 100, b"raw", "seen", 80, 80))
+    store.add_order_in(OrderInRow("west", b"2" * 16, 1_800, 3, 100, 9, b"raw", "committed", 60, None))
+    store.add_batch(BatchRow(1, b"b" * 32, BatchKind.DELIVER, 1_800, b"raw", WorkState.WAITING))
+    store.set_batch(b"b" * 32, WorkState.REFUSED, None, "not_held: somebody else holds it")
+    store.add_conflict("home", MessageType.DEMAND, 1_800, 0, b"m" * 32, b"raw", 10)
+    store.close()
+    (order,) = map(json.loads, desk.table("orders", "--json").splitlines())
+    assert (order["state"], order["source"], order["neighbour"]) == ("seen", "wind", "west")
+    (request,) = map(json.loads, desk.table("requests", "--json").splitlines())
+    assert (request["state"], request["requester"], request["granted_wh"]) == ("committed", "west", 60)
+    (batch,) = map(json.loads, desk.table("batches", "--json").splitlines())
+    assert (batch["kind"], batch["state"], batch["reason"]) == (
+        *("deliver", "refused"),
+        "not_held: somebody else holds it",
+    )
+    assert "kind=demand" in desk.table("conflicts")
+
+
+def test_tables_are_the_same_in_all_three_forms(desk: Desk) -> None:
+    desk.done(*desk.consumer("--line", "solar=40"))
+    (as_json,) = map(json.loads, desk.table("contracts", "--json").splitlines())
+    (as_csv,) = csv.DictReader(io.StringIO(desk.table("contracts", "--csv")))
+    assert json.loads(as_csv["lines_ppm"]) == as_json["lines_ppm"]
+    assert as_csv["meter"] == as_json["meter"] == "home"
+    assert "meter=home" in desk.table("contracts")
+
+
+def test_secrets_are_in_no_table(desk: Desk) -> None:
+    from broker.service.registration import TABLES
+
+    desk.done(*desk.consumer("--line", "solar=40"))
+    store = desk.store()
+    (consumer,) = store.consumers()
+    store.close()
+    everything = "".join(desk.table(name, form) for name in TABLES for form in ("--json", "--csv"))
+    assert consumer.secret.hex() not in everything
+    assert repr(consumer.secret) not in everything
+
+
+def test_keys_are_never_overwritten(desk: Desk) -> None:
+    before = desk.file("east.pem").read_bytes()
+    code, _, err = desk.run("key", "new", desk.file("east.pem"))
+    assert code == 1
+    assert "east.pem" in err
+    assert desk.file("east.pem").read_bytes() == before
+    assert desk.done("key", "show", desk.file("east.pem")).strip() == desk.keys["east"]
+
+
+def test_a_p256_key(desk: Desk) -> None:
+    public = desk.done("key", "new", desk.file("p256.pem"), "--algorithm", "p256").strip()
+    assert public.startswith("a4010220")
+    assert desk.done("key", "show", desk.file("p256.pem")).strip() == public
+
+
+def test_a_genesis_holds_what_was_asked_for(desk: Desk) -> None:
+    desk.done(*desk.genesis(out=desk.file("other.cbor"), conductor=f"baton={desk.keys['barn']}", gate_2_s=1_300))
+    genesis = Genesis.from_bytes(desk.file("other.cbor").read_bytes())
+    assert genesis.simulated
+    assert genesis.conductor is not None
+    assert genesis.conductor.name == "baton"
+    assert genesis.gate_2_s == 1_300
+    trust = json.loads(desk.done("ledger", "trust", "--genesis", desk.file("genesis.cbor")))
+    assert trust["ledger"] == "test-ledger"
+
+
+def test_check_config_says_that_all_is_well(desk: Desk) -> None:
+    assert desk.done("check-config", desk.config).endswith("broker east on ledger test-ledger: fine\n")
+
+
+def test_the_example_config_is_one() -> None:
+    config = load_broker_config(ROOT / "firmware_config" / "examples" / "broker.toml")
+    assert config.broker.name == "east"
+    assert config.ledger.host is not None
+
+
+def test_a_ledger_that_is_not_there_or_broken_ends_with_1_or_2(desk: Desk) -> None:
+    for words in (["verify"], ["show"], ["audit"]):
+        more = ["head"] if words == ["show"] else []
+        code, _, err = desk.run("ledger", *words, desk.file("no-ledger"), *more)
+        assert code in (1, 2)
+        assert "no-ledger" in err
+        assert "Traceback" not in err
+
+
+def test_a_database_of_somebody_else_ends_with_1(desk: Desk) -> None:
+    desk.file("data").mkdir()
+    desk.file("data/broker.db").write_bytes(b"nothing of ours" * 1_000)
+    code, _, err = desk.run("list", "consumers", "--config", desk.config)
+    assert code == 1
+    assert "broker.db" in err
