@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from enum import IntEnum
+from functools import lru_cache
 from hashlib import sha256
 from typing import Any, Final
 
@@ -107,7 +108,7 @@ class History:
     total: int
 
     def __post_init__(self) -> None:
-        if sum(self.by_line) > self.total or any(energy_wh < 0 for energy_wh in self.by_line):
+        if sum(self.by_line) > self.total or min(self.by_line, default=0) < 0:
             raise ValueError(f"a history of {self.by_line} Wh by line cannot add up to {self.total} Wh")
 
     @classmethod
@@ -124,6 +125,7 @@ class History:
         return History(tuple(by_line), self.total + energy_wh)
 
 
+@lru_cache(maxsize=64)
 def period_start(time_s: int) -> int:
     """The start of the accounting period that contains `time_s`: the first second of its UTC month."""
     first = datetime.fromtimestamp(time_s, UTC).date().replace(day=1)

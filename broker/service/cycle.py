@@ -7,6 +7,7 @@ one commit, so after a crash a decision is either there with its batches or is m
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Final
 
 from broker.ledger.limits import MAX_SLICES_OF_DELIVERY
@@ -23,7 +24,7 @@ from broker.ledger.operations import (
 from broker.market.clearing import Clearing, OpenDemand, Taken, fill_lines, settle
 from broker.market.contracts import History
 from broker.market.mix import quotas
-from broker.market.stock import HeldSlice, Stock
+from broker.market.stock import AssetKey, HeldSlice, Stock
 from broker.protocol.market_time import Interval, MarketCalendar
 from broker.protocol.messages import Carrier, DeliveredLine, Delivery, DeliveryState, MessageType
 from broker.protocol.sources import Source
@@ -216,16 +217,11 @@ class Cycle:
         _, revision = self._store.interval_state(interval.start_s)
         leaves = []
         demanded_wh = 0
-        for row in self._store.messages(interval.start_s, MessageType.DEMAND):
-            assert row.pseudonym is not None
-            assert row.commitment is not None
-            leaves.append((row.pseudonym, leaf_hash(row.pseudonym + row.commitment)))
-            demanded_wh += row.energy_wh
-        leaves.sort()
+        for pseudonym, commitment, energy_wh in self._store.commitments(interval.start_s):
+            leaves.append(leaf_hash(pseudonym + commitment))
+            demanded_wh += energy_wh
         operations = [encode_operation(void) for void in voids]
-        close = Close(
-            interval.start_s, interval.end_s, revision, len(leaves), demanded_wh, root_of([leaf for _, leaf in leaves])
-        )
+        close = Close(interval.start_s, interval.end_s, revision, len(leaves), demanded_wh, root_of(leaves))
         operations.append(encode_operation(close))
         self._store.set_interval(interval.start_s, IntervalState.CLOSED, revision + 1)
         self._desk.submit(BatchKind.CLOSE, interval.start_s, self._not_after(), operations)
@@ -294,7 +290,9 @@ class Cycle:
         row = demand.row
         assert row.pseudonym is not None
         assert row.commitment is not None
-        slices = tuple([DeliveredSlice(_asset_id(held), held.from_wh, held.to_wh, item.line) for item, held in part])
+        slices = tuple(
+            [DeliveredSlice(_asset_id(held.asset), held.from_wh, held.to_wh, item.line) for item, held in part]
+        )
         return encode_operation(
             Deliver(
                 row.pseudonym,
@@ -475,6 +473,8 @@ def delivery_message(
     )
 
 
-def _asset_id(held: HeldSlice) -> AssetId:
-    device, carrier, start_s, revision = held.asset
+@lru_cache(maxsize=4_096)
+def _asset_id(asset: AssetKey) -> AssetId:
+    # Thousands of slices in a row are of the same asset.
+    device, carrier, start_s, revision = asset
     return AssetId(device, Carrier(carrier), start_s, revision)

@@ -105,17 +105,24 @@ class Intake:
         assert isinstance(value, MeterValue)
         if value.meter != meter:
             raise RefusedInput(f"the message names meter {value.meter}, but {meter} signed it")
+        refusal = None
+        try:
+            self._check_interval(value, market_time_s)
+            if kind is MessageType.DEMAND:
+                accepted = self._accept_demand(signer, value, identity, envelope.raw, first_start_s)
+            else:
+                accepted = self._accept_reading(signer, value, identity, envelope.raw)
+            if accepted:
+                return Accepted(value, meter, identity, envelope.raw, again=False)
+        except RefusedInput as error:
+            refusal = error
+        # Asked only now, because nearly every message is new. What was accepted before keeps its answer for good, also
+        # where it would be refused today.
         known = self._store.message(value.start_s, meter, kind, value.revision)
-        if known is not None:
-            return self._take_again(known.message_id, known.raw, identity, value, kind, meter, envelope)
-        self._check_interval(value, market_time_s)
-        if kind is MessageType.DEMAND:
-            if value.start_s < first_start_s:
-                raise RefusedInput(f"this broker serves demands of intervals from {first_start_s} on")
-            self._accept_demand(signer, value, identity, envelope.raw)
-        else:
-            self._accept_reading(signer, value, identity, envelope.raw)
-        return Accepted(value, meter, identity, envelope.raw, again=False)
+        if known is None:
+            assert refusal is not None
+            raise refusal
+        return self._take_again(known.message_id, known.raw, identity, value, kind, meter, envelope)
 
     def _take_again(
         self,
@@ -152,7 +159,12 @@ class Intake:
         if value.quality is Quality.MISSING and value.energy_wh:
             raise RefusedInput("a missing interval carries no energy; send 0 Wh or another quality")
 
-    def _accept_demand(self, signer: Signer, value: MeterValue, identity: bytes, raw: bytes) -> None:
+    def _accept_demand(
+        self, signer: Signer, value: MeterValue, identity: bytes, raw: bytes, first_start_s: int
+    ) -> bool:
+        """Keep a demand and send its receipt; False if there is one already. Raises RefusedInput."""
+        if value.start_s < first_start_s:
+            raise RefusedInput(f"this broker serves demands of intervals from {first_start_s} on")
         consumer = self._registry.consumer(signer.name)
         if consumer is None:
             raise RefusedInput(f"{signer.name} is a generating device; it sends readings, not demands")
@@ -162,12 +174,15 @@ class Intake:
         k_interval = interval_key(consumer.day_key(value.start_s), value.start_s)
         alias = pseudonym(k_interval, consumer.key.key_id)
         bound = commitment(k_interval, raw)
-        self._store.add_message(
+        added = self._store.add_message(
             value.start_s, signer.name, MessageType.DEMAND, value.revision, identity, raw, value.energy_wh, alias, bound
         )
-        self._send_receipt(self._demand_receipt(value, identity, alias, bound, version.hash))
+        if added:
+            self._send_receipt(self._demand_receipt(value, identity, alias, bound, version.hash))
+        return added
 
-    def _accept_reading(self, signer: Signer, value: MeterValue, identity: bytes, raw: bytes) -> None:
+    def _accept_reading(self, signer: Signer, value: MeterValue, identity: bytes, raw: bytes) -> bool:
+        """Keep a reading and send its receipt; False if there is one already. Raises RefusedInput."""
         device = self._registry.device(signer.name)
         if device is None:
             raise RefusedInput(f"{signer.name} is a consumer's meter; it sends demands, not readings")
@@ -179,10 +194,12 @@ class Intake:
                 f"{value.energy_wh} Wh is above what {device.device} with {device.capacity_w} W can generate"
                 f" in the interval ({most_wh} Wh); check the meter's profile and scale"
             )
-        self._store.add_message(
+        added = self._store.add_message(
             value.start_s, signer.name, MessageType.READING, value.revision, identity, raw, value.energy_wh, None, None
         )
-        self._send_receipt(self.receipt_for(value, MessageType.READING, identity, raw))
+        if added:
+            self._send_receipt(self.receipt_for(value, MessageType.READING, identity, raw))
+        return added
 
     def receipt_for(self, value: MeterValue, kind: MessageType, identity: bytes, raw: bytes) -> Receipt:
         """The receipt of an accepted message, made from what is stored: the same one every time."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from broker.protocol import cbor
 from broker.protocol.messages import MessageType
@@ -159,8 +159,7 @@ class StatementRow:
     reason: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class MessageRow:
+class MessageRow(NamedTuple):
     """An accepted reading or demand. Pseudonym and commitment are a demand's; `quotas` is set while it is short."""
 
     start_s: int
@@ -177,8 +176,7 @@ class MessageRow:
     refusal: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class DeliveryRow:
+class DeliveryRow(NamedTuple):
     """One slice that a demand got: from which device, through which neighbour (None: own stock), in which batch."""
 
     start_s: int
@@ -424,11 +422,13 @@ class BrokerStore:
         energy_wh: int,
         pseudonym: bytes | None,
         commitment: bytes | None,
-    ) -> None:
-        self._db.execute(
-            "INSERT INTO message VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 0, NULL, NULL)",
+    ) -> bool:
+        """Keep an accepted message. False, and nothing has changed, if there is one for that interval and revision."""
+        cursor = self._db.execute(
+            "INSERT INTO message VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 0, NULL, NULL) ON CONFLICT DO NOTHING",
             (start_s, meter, kind, revision, message_id, raw, energy_wh, pseudonym, commitment),
         )
+        return cursor.rowcount == 1
 
     def refuse_message(self, start_s: int, meter: str, kind: int, revision: int, reason: str) -> None:
         """Note that the ledger refused what an accepted message asked for; it is not tried again."""
@@ -443,6 +443,13 @@ class BrokerStore:
             "SELECT * FROM message WHERE start_s = ? AND kind = ? ORDER BY meter, revision", (start_s, int(kind))
         )
         return (_message_row(row) for row in rows)
+
+    def commitments(self, start_s: int) -> Iterator[tuple[bytes, bytes, int]]:
+        """(pseudonym, commitment, energy_wh) of all accepted demands of one interval, by pseudonym."""
+        return self._db.execute(
+            "SELECT pseudonym, commitment, energy_wh FROM message WHERE start_s = ? AND kind = 2 ORDER BY pseudonym",
+            (start_s,),
+        )
 
     def short_demands(self, start_s: int) -> list[MessageRow]:
         """Demands of one interval that are not delivered in full, by meter name; without those the ledger refused."""
@@ -496,27 +503,7 @@ class BrokerStore:
     # Deliveries and accounts
 
     def add_deliveries(self, rows: Sequence[DeliveryRow]) -> None:
-        self._db.executemany(
-            "INSERT INTO delivery VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [
-                (
-                    row.start_s,
-                    row.meter,
-                    row.sequence,
-                    row.line,
-                    row.source,
-                    row.device,
-                    row.asset_start_s,
-                    row.asset_revision,
-                    row.from_wh,
-                    row.to_wh,
-                    row.price,
-                    row.through,
-                    row.batch,
-                )
-                for row in rows
-            ],
-        )
+        self._db.executemany("INSERT INTO delivery VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
     def deliveries(self, start_s: int, meter: str) -> list[DeliveryRow]:
         rows = self._db.execute(
@@ -773,24 +760,10 @@ def encode_quotas(quotas: Sequence[int]) -> bytes:
 
 
 def _message_row(row: Sequence[Any]) -> MessageRow:
-    start_s, meter, kind, revision, message_id, raw, energy_wh, pseudonym, commitment, delivered_wh, quotas, refusal = (
-        row
-    )
-    decoded = tuple(cbor.decode(quotas, "quotas", 1_024)) if quotas is not None else None
-    return MessageRow(
-        start_s,
-        meter,
-        kind,
-        revision,
-        message_id,
-        raw,
-        energy_wh,
-        pseudonym,
-        commitment,
-        delivered_wh,
-        decoded,
-        refusal,
-    )
+    message = MessageRow._make(row)
+    if message.quotas is None:
+        return message
+    return message._replace(quotas=tuple(cbor.decode(row[10], "quotas", 1_024)))
 
 
 def _batch_row(row: Sequence[Any]) -> BatchRow:
