@@ -1,8 +1,9 @@
 """The bare loop that the hot path is held against: what no broker can do without.
 
 For each demand one receive with acknowledgement, one signature check, one row in a group commit (WAL,
-`synchronous=FULL`, as the broker's store), one signed receipt at QoS 0. The same MQTT shell, the same envelope, the
-same keys and the same demands as the broker; no market, no ledger, no registry, and the payload is not even decoded.
+`synchronous=FULL`, as the broker's store), one signed receipt at QoS 0. The receipt names the interval and the row is
+found by it, so the payload is decoded. The same MQTT shell, envelope, keys and demands as the broker; no market, no
+ledger, no registry.
 """
 
 import signal
@@ -13,9 +14,9 @@ from types import FrameType
 from typing import Final
 
 from bench.world import BROKER, LEDGER, meter_key, meter_name
-from broker.protocol.envelope import Signer, parse, seal, verify
+from broker.protocol.envelope import Signer, open_envelope, seal
 from broker.protocol.keys import load_private_key
-from broker.protocol.messages import MessageType, Receipt, ReceiptStatus
+from broker.protocol.messages import Demand, MessageType, Receipt, ReceiptStatus
 from broker.protocol.mqtt_link import MqttConfig, MqttLink
 from broker.protocol.topics import Topics
 
@@ -34,7 +35,10 @@ def main() -> None:
     database = sqlite3.connect(store, isolation_level=None)
     database.execute("PRAGMA journal_mode=WAL")
     database.execute("PRAGMA synchronous=FULL")
-    database.execute("CREATE TABLE demand (meter TEXT, message_id BLOB, raw BLOB)")
+    database.execute(
+        "CREATE TABLE demand (start_s INTEGER, meter TEXT, message_id BLOB, raw BLOB, PRIMARY KEY (start_s, meter))"
+        " WITHOUT ROWID"
+    )
     link = MqttLink(MqttConfig("127.0.0.1", port, root=ROOT), "floor", [(topics.meter(BROKER, "+", "demand"), 1)])
     stopping: list[int] = []
 
@@ -50,12 +54,16 @@ def main() -> None:
         receipts = []
         database.execute("BEGIN")
         for message in incoming:
-            envelope = parse(message.payload)
-            signer = signers[envelope.key_id]
-            message_id = verify(envelope, signer, LEDGER)
-            database.execute("INSERT INTO demand VALUES (?, ?, ?)", (signer.name, message_id, message.payload))
-            receipt = Receipt(signer.name, MessageType.DEMAND, 0, 0, ReceiptStatus.ACCEPTED, message_id)
-            receipts.append((topics.meter(BROKER, signer.name, "receipt"), seal(receipt, key, LEDGER, BROKER)))
+            opened = open_envelope(message.payload, LEDGER, signers.get)
+            demand, identity = opened.message, opened.message_id
+            assert isinstance(demand, Demand)
+            database.execute(
+                "INSERT INTO demand VALUES (?, ?, ?, ?)", (demand.start_s, demand.meter, identity, opened.raw)
+            )
+            receipt = Receipt(
+                demand.meter, MessageType.DEMAND, demand.start_s, demand.revision, ReceiptStatus.ACCEPTED, identity
+            )
+            receipts.append((topics.meter(BROKER, demand.meter, "receipt"), seal(receipt, key, LEDGER, BROKER)))
         database.execute("COMMIT")
         for topic, payload in receipts:
             link.publish(topic, payload, qos=0)
