@@ -40,3 +40,6 @@ MAX_EARLY_BLOCKS: Final = 64
 
 RESEND_AFTER_S: Final = 2.0
 """After so long without an answer a client sends again. A commit takes milliseconds; a reconnect resends at once."""
+
+MAX_INTRODUCTION_BYTES: Final = 4_096
+"""A broker's first batch, with its own registration inside. It is decoded before anybody is known to have signed it."""

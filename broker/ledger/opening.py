@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from broker.ledger.faults import Fault, RuleViolation
+from broker.ledger.limits import MAX_INTRODUCTION_BYTES
 from broker.ledger.operations import Operation, Register, decode_operation
 from broker.ledger.state import KEY, KEY_OF_DEVICE, KEY_OF_PARTY, KeyRow, State
 from broker.protocol import envelope
@@ -95,8 +96,11 @@ class RefusedBatch(Exception):
 def _introduced(parsed: envelope.Envelope, charter: Charter) -> Signer | None:
     """Who a batch of an unknown key says it comes from: a broker's first batch carries its own registration first.
 
-    Only a registrar's signature is believed here, so an unknown sender can make nobody work for more than that check.
+    Only a registrar's signature is believed here, and only a small batch is looked into, so an unknown sender can make
+    nobody work for more than that one check.
     """
+    if len(parsed.raw) > MAX_INTRODUCTION_BYTES:
+        return None
     first = decode_operation(Batch.from_payload(parsed.payload).operations[0])
     if not isinstance(first, Register):
         return None

@@ -513,7 +513,10 @@ class Broker:
     # Statements of registrars and owners
 
     def _submit_statements(self) -> None:
-        """Registrations, admissions and mandates go first, our own registration before all others."""
+        """Registrations, admissions and mandates go to the ledger before anything else.
+
+        Our own registration goes first and alone: of an unknown sender the ledger looks into small batches only.
+        """
         if not self._statements_waiting:
             return
         self._statements_waiting = False
@@ -524,17 +527,18 @@ class Broker:
             for operation in _operations_of(batch.raw)
         }
         rows = [row for row in self._store.statements(WorkState.WAITING) if row.raw not in under_way]
-        operations = [encode_operation(_statement_operation(row)) for row in sorted(rows, key=self._statement_rank)]
         far_s = (self.market_time_s or 0) + 365 * 86_400
-        for run in in_batches(operations, [len(operation) for operation in operations]):
-            self._desk.submit(BatchKind.STATEMENTS, 0, far_s, run)
+        for ours in (True, False):
+            ranked = sorted((row for row in rows if self._is_own_registration(row) is ours), key=_statement_rank)
+            operations = [encode_operation(_statement_operation(row)) for row in ranked]
+            for run in in_batches(operations, [len(operation) for operation in operations]):
+                self._desk.submit(BatchKind.STATEMENTS, 0, far_s, run)
 
-    def _statement_rank(self, row: StatementRow) -> tuple[int, int, int]:
-        own = 1
-        if row.kind == MessageType.REGISTRATION:
-            registration = Registration.from_payload(parse(row.raw).payload)
-            own = 0 if public_key_from_cose(registration.key).key_id == self._identity.key.public.key_id else 1
-        return own, row.kind, row.number
+    def _is_own_registration(self, row: StatementRow) -> bool:
+        if row.kind != MessageType.REGISTRATION:
+            return False
+        registration = Registration.from_payload(parse(row.raw).payload)
+        return public_key_from_cose(registration.key).key_id == self._identity.key.public.key_id
 
     def _statements_refused(self, operations: list[Operation], at_fault: int | None, reason: str) -> None:
         if at_fault is not None and at_fault < len(operations):
@@ -557,6 +561,11 @@ class Broker:
             source = Source(device.source)
             prices[source] = max(prices.get(source, 0), device.price)
         return prices
+
+
+def _statement_rank(row: StatementRow) -> tuple[int, int]:
+    """Parties before their devices, devices before their mandates: the kinds are numbered in that order."""
+    return row.kind, row.number
 
 
 def _statement_operation(row: StatementRow) -> Operation:

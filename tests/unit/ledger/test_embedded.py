@@ -165,6 +165,15 @@ def test_nothing_unsigned_is_answered(ledger: EmbeddedLedger) -> None:
         ledger.submit(b"\xd2\x84")
 
 
+def test_a_strangers_large_batch_is_not_looked_into(tmp_path: Path) -> None:
+    engine = found(tmp_path, set_up=False)
+    introduction = register("b1")
+    with pytest.raises(UnknownKey):
+        engine.submit(batch(introduction, *[introduction] * 40))
+    assert engine.submit(batch(introduction)) is None
+    engine.close()
+
+
 def test_a_malformed_batch_of_a_broker_is_answered(ledger: EmbeddedLedger) -> None:
     answer = ledger.submit(seal(Batch(T0, (b"\x82\x01",)), "b1"))
     assert answer is not None
