@@ -7,7 +7,7 @@ Whatever is not a number, or is the meter's way of saying "not available", raise
 
 from typing import Final, Literal
 
-from meter_agent.profiles import Register, SerialNumber, words_in
+from meter_agent.profiles import Identity, Register, SerialNumber, words_in
 
 MWH_PER_UNIT: Final = {"Wh": 1_000, "kWh": 1_000_000}
 W_PER_UNIT: Final = {"W": 1, "kW": 1_000}
@@ -65,18 +65,19 @@ def scale_exponent(word: int) -> int:
 
 def serial_number(serial: SerialNumber, words: tuple[int, ...]) -> str:
     """The serial number in `words`: a decimal number, or text up to the first NUL. Raises UnusableValue."""
-    if len(words) != serial.count:
-        raise UnusableValue(f"{len(words)} registers, expected {serial.count}")
-    if serial.type != "text":
-        number = _joined(words)
-        if number in (0, (1 << (16 * serial.count)) - 1):
-            raise UnusableValue(f"no serial number is set ({_hex(words)})")
-        return str(number)
-    raw = b"".join(word.to_bytes(2, "big") for word in words)
-    text = raw.split(b"\0", 1)[0].decode("ascii", errors="replace").strip()
-    if not text or not text.isprintable() or "\ufffd" in text:
-        raise UnusableValue(f"no printable serial number ({raw.hex()})")
-    return text
+    return _number_or_text(serial, words, "serial number")
+
+
+def model(identity: Identity, words: tuple[int, ...]) -> str | None:
+    """The model that the meter says it is, None if the profile does not know its answer. Raises UnusableValue."""
+    answer = _number_or_text(identity, words, "identity")
+    if identity.type == "number":
+        return identity.values.get(answer)
+    # The longest first, so that "B23" does not hide "B23 112".
+    for start in sorted(identity.values, key=len, reverse=True):
+        if answer.startswith(start):
+            return identity.values[start]
+    return None
 
 
 def shortest_decimal(bits: int, kind: Literal["f32", "f64"]) -> tuple[int, int]:
@@ -118,6 +119,21 @@ def shortest_decimal(bits: int, kind: Literal["f32", "f64"]) -> tuple[int, int]:
             chosen = min(fitting)[1]
             return (-chosen if negative else chosen), unit
     raise AssertionError(f"{most_digits} digits name every {kind}")
+
+
+def _number_or_text(place: SerialNumber | Identity, words: tuple[int, ...], what: str) -> str:
+    if len(words) != place.count:
+        raise UnusableValue(f"{len(words)} registers, expected {place.count}")
+    if place.type != "text":
+        number = _joined(words)
+        if number in (0, (1 << (16 * place.count)) - 1):
+            raise UnusableValue(f"no {what} is set ({_hex(words)})")
+        return str(number)
+    raw = b"".join(word.to_bytes(2, "big") for word in words)
+    text = raw.split(b"\0", 1)[0].decode("ascii", errors="replace").strip()
+    if not text or not text.isprintable() or "\ufffd" in text:
+        raise UnusableValue(f"no printable {what} ({raw.hex()})")
+    return text
 
 
 def _scaled(register: Register, words: tuple[int, ...], exponent: int, per_unit: int) -> tuple[int, int]:

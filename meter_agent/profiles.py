@@ -1,8 +1,8 @@
 """Meter profiles: what a family of Modbus meters says in which register, as data.
 
-One TOML file a family in `firmware_config/meters/`, read by the one config loader into the classes below; their
-docstrings are the schema, and `docs/meters.md` shows how to add a meter. A profile is a claim and names its evidence.
-DSMR P1 telegrams name their values themselves (OBIS codes) and need no profile.
+One TOML file a family in `firmware_config/meters/`, read by the one config loader into the classes below, which
+`firmware_config/schema/meter-profile.schema.json` repeats for editors. `docs/meters.md` shows how to add a meter. A
+profile is a claim and names its evidence. DSMR P1 telegrams name their values themselves (OBIS codes) and need none.
 """
 
 from dataclasses import dataclass, field
@@ -85,6 +85,30 @@ class SerialNumber:
 
 
 @dataclass(frozen=True, slots=True)
+class Identity:
+    """Where the meter says what it is, and which answers mean that this profile fits.
+
+    `count` registers, a number or ASCII text. `values` maps each answer to the model that gives it: the number in
+    decimal digits, or what the text starts with. A meter that answers something else may still have the same registers.
+    """
+
+    address: Annotated[int, Between(0, 0xFFFF)]
+    type: Literal["number", "text"]
+    count: Annotated[int, Between(1, 32)]
+    function_code: Literal[3, 4]
+    values: dict[str, str]
+
+    def __post_init__(self) -> None:
+        if not self.values:
+            raise WrongValue("values", "at least one answer with its model")
+        for value in self.values:
+            if self.type == "number" and not (value.isascii() and value.isdigit()):
+                raise WrongValue(f"values.{value}", "decimal digits, since the type is number")
+            if not value:
+                raise WrongValue("values", "answers that are not empty")
+
+
+@dataclass(frozen=True, slots=True)
 class SunSpecModel:
     """SunSpec models of one layout: their ids, and the registers by offset from the model's ID register."""
 
@@ -151,7 +175,10 @@ class Caveat:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Evidence: a page and the fact it states, in a few words. `unconfirmed`: nobody here could open and read it."""
+    """Evidence: a page, and a register line or half a sentence exactly as it stands there.
+
+    `url` is at a fixed commit where that is possible. `unconfirmed`: nobody here could open the page and read it.
+    """
 
     url: str
     quote: str
@@ -169,6 +196,7 @@ class MeterProfile:
     references: tuple[Reference, ...]
     serial_line: SerialDefaults | None
     serial_number: SerialNumber | None
+    identity: Identity | None
     registers: dict[Quantity, Register] | None
     sunspec: SunSpecMap | None
     requests: RequestLimits = field(default_factory=RequestLimits)

@@ -6,8 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meter_agent.decode import UnusableValue, energy_mwh, power_w, scale_exponent, serial_number, shortest_decimal
-from meter_agent.profiles import Register, SerialNumber
+from meter_agent.decode import (
+    UnusableValue,
+    energy_mwh,
+    model,
+    power_w,
+    scale_exponent,
+    serial_number,
+    shortest_decimal,
+)
+from meter_agent.profiles import Identity, Register, SerialNumber
 
 LARGEST_F32 = float.fromhex("0x1.fffffep127")
 
@@ -140,6 +148,19 @@ def test_serial_numbers_are_text():
 def test_what_is_no_serial_number_is_refused(kind, count, image):
     with pytest.raises(UnusableValue):
         serial_number(SerialNumber(address=0, type=kind, count=count, function_code=3), words(image))
+
+
+def test_a_meter_says_which_model_it_is():
+    number = Identity(address=0, type="number", count=1, function_code=3, values={"1648": "EM24"})
+    text = Identity(address=0, type="text", count=4, function_code=3, values={"B2": "B21 or B23", "B23 1": "B23 1xx"})
+    assert model(number, words("0670")) == "EM24"
+    assert model(number, words("0671")) is None
+    assert model(text, words("4232 3320 3131 3200")) == "B23 1xx"
+    assert model(text, words("4232 3120 3131 3200")) == "B21 or B23"
+    assert model(text, words("4132 3120 3131 3200")) is None
+    for nothing in ("0000", "FFFF", "0670 0670"):
+        with pytest.raises(UnusableValue):
+            model(number, words(nothing))
 
 
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False))
