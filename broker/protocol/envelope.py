@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
-from typing import Final
+from typing import Final, NamedTuple
 
 from broker.protocol import cbor
 from broker.protocol.errors import BadSignature, MalformedMessage, UnknownKey
@@ -27,8 +27,7 @@ _SIGNATURE_HEAD: Final = cbor.byte_string_head(SIGNATURE_BYTES)
 _SIG_CONTEXT: Final = b"\x84\x6aSignature1"
 
 
-@dataclass(frozen=True, slots=True)
-class Envelope:
+class Envelope(NamedTuple):
     """A parsed, not yet verified message. `raw` is exactly what came, and what is stored and sent on."""
 
     raw: bytes

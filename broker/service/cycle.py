@@ -271,9 +271,7 @@ class Cycle:
             short = demand.delivered_wh < demand.row.energy_wh
             if energy_wh:
                 account = accounts[demand.row.meter]
-                history = account.history
-                for item in taken:
-                    history = history.plus(item.line, item.energy_wh)
+                history = account.history.plus(*[(item.line, item.energy_wh) for item in taken])
                 changed[demand.row.meter] = Account(account.period_start_s, account.version, history)
             if energy_wh or (short and demand.row.quotas != demand.quotas):
                 stored_quotas = encode_quotas(demand.quotas) if short else None

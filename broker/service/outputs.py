@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from broker.protocol.envelope import seal
 from broker.protocol.keys import PrivateKey
@@ -21,8 +22,7 @@ class Identity:
         return seal(message, self.key, self.ledger, self.name)
 
 
-@dataclass(frozen=True, slots=True)
-class Publication:
+class Publication(NamedTuple):
     """One MQTT message to send after the commit."""
 
     topic: str

@@ -194,8 +194,7 @@ class DeliveryRow(NamedTuple):
     batch: int
 
 
-@dataclass(frozen=True, slots=True)
-class AccountRow:
+class AccountRow(NamedTuple):
     meter: str
     period_start_s: int
     version: int

@@ -201,7 +201,7 @@ def test_history_counts_from_the_later_of_version_and_period() -> None:
 
 def test_a_history_adds_up_and_substitutes_count_in_the_total_only() -> None:
     contract = make_contract(0, [("solar", 400_000)], UNMATCHED, area="home")
-    history = History.empty(contract).plus(0, 10).plus(1, 5).plus(NO_LINE, 7)
+    history = History.empty(contract).plus((0, 10)).plus((1, 5), (NO_LINE, 7))
     assert history == History((10, 5), 22)
 
 

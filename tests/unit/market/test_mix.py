@@ -127,7 +127,7 @@ def furthest_off(lines_ppm: tuple[int, ...], demands_wh: list[int]) -> Fraction:
     furthest = 0
     for demand_wh in demands_wh:
         for line, quota_wh in enumerate(quotas(lines_ppm, history, demand_wh)):
-            history = history.plus(line, quota_wh)
+            history = history.plus((line, quota_wh))
         for share_ppm, delivered_wh in zip(lines_ppm, history.by_line, strict=True):
             furthest = max(furthest, abs(WHOLE_PPM * delivered_wh - share_ppm * history.total))
     return Fraction(furthest, WHOLE_PPM)
@@ -164,7 +164,7 @@ def test_odd_wh_by_largest_remainder_would_not_keep_the_bound() -> None:
             for share_ppm, delivered_wh in zip(lines_ppm, history.by_line, strict=True)
         ]
         for line, quota_wh in enumerate(apportion(demand_wh, weights)):
-            history = history.plus(line, quota_wh)
+            history = history.plus((line, quota_wh))
         furthest = max(furthest, abs(WHOLE_PPM * history.by_line[0] - lines_ppm[0] * history.total))
     assert furthest > 4 * WHOLE_PPM
 
@@ -173,10 +173,10 @@ def after_three_weeks_without_solar(line_of_substitutes: int) -> History:
     """For 21 days of half hours at 400 Wh, 40 % solar is substituted; then everything is ample for 60 days."""
     history = History((0, 0, 0), 0)
     for _ in range(21 * 48):
-        history = history.plus(1, 120).plus(2, 120).plus(line_of_substitutes, 160)
+        history = history.plus((1, 120), (2, 120)).plus((line_of_substitutes, 160))
     for _ in range(60 * 48):
         for line, quota_wh in enumerate(quotas(SOLAR_WIND_ANY, history, 400)):
-            history = history.plus(line, quota_wh)
+            history = history.plus((line, quota_wh))
     return history
 
 
