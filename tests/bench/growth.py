@@ -1,8 +1,8 @@
 """Whether a demand costs more where more consumers are registered: CPU per demand with few and with many in the store.
 
-Two brokers, each on a mosquitto of its own, get the same number of demands in turn. With many consumers the senders are
-spread evenly over all of them. Some consumers are silent in either case, so both brokers wait for gate 1. The first
-round fills the caches and is not counted.
+Two brokers on the same core, each with a mosquitto of its own, get the same number of demands in turn. With many
+consumers the senders are spread evenly over all of them. Some consumers are silent in either case, so both brokers wait
+for gate 1. The first round fills the caches and is not counted.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from typing import Any, Final
 from dengen_testing.mosquitto import Mosquitto
 
 from bench.hot_path import check, send_job
-from bench.processes import Helper, cpu_s
+from bench.processes import Helper, cpu_s, share_a_core
 from bench.world import (
     FIRST_INTERVAL_S,
     GATE_1_S,
@@ -40,6 +40,8 @@ class _Market:
         add_consumers(broker, consumers, range(0, demands * self._step, self._step))
         self._running = stack.enter_context(RunningBroker(broker, server.mqtt_config()))
         self._load = stack.enter_context(Helper("bench.load", str(server.port), str(broker.key_file)))
+        assert server.pid is not None
+        share_a_core([self._running.pid], [self._load.pid, server.pid])
         self._running.tick(FIRST_INTERVAL_S)
         self._running.wait_idle(FIRST_INTERVAL_S)
 

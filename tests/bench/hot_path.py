@@ -2,8 +2,8 @@
 
 All CPU time of the broker's process counts: receiving, checking, storing, the receipt, clearing, the ledger's batches,
 rules, blocks and commits, the delivery message, the close, ticks and readings. The bare loop of `floor` gets the same
-demands over the same mosquitto, in turn with the broker (A B A B …), so that the ratio holds on a noisy machine. The
-first round fills both sides' caches and is not counted.
+demands over the same mosquitto, in turn with the broker (A B A B …) and on the same core, so that the ratio holds on a
+noisy machine. The first round fills both sides' caches and is not counted.
 
     python -m bench.hot_path [--profile 40]     (with PYTHONPATH=tests) alone; with a profile of the broker
 """
@@ -21,7 +21,7 @@ from dengen_testing.mosquitto import Mosquitto
 from dengen_testing.processes import ManagedProcess
 
 from bench import floor
-from bench.processes import TESTS_FOLDER, Helper, HelperFailed, cpu_s
+from bench.processes import TESTS_FOLDER, Helper, HelperFailed, cpu_s, share_a_core
 from bench.sampler import Samples, by_function, by_step
 from bench.world import (
     FIRST_INTERVAL_S,
@@ -78,6 +78,9 @@ def measure(folder: Path, consumers: int, rounds: int, samples: Path | None = No
             bare_loop,
             Helper("bench.load", str(server.port), str(broker.key_file)) as load,
         ):
+            assert bare_loop.pid is not None
+            assert server.pid is not None
+            share_a_core((running.pid, bare_loop.pid), (load.pid, server.pid))
             running.tick(FIRST_INTERVAL_S)
             running.wait_idle(FIRST_INTERVAL_S)
             measured = []
@@ -87,7 +90,6 @@ def measure(folder: Path, consumers: int, rounds: int, samples: Path | None = No
                 before_s = cpu_s(running.pid)
                 sent = one_interval(running, load, start_s, consumers)
                 broker_s = cpu_s(running.pid) - before_s
-                assert bare_loop.pid is not None
                 before_s = cpu_s(bare_loop.pid)
                 check(load.run(send_job(floor.ROOT, start_s, deliveries=False)), consumers, deliveries=False)
                 measured.append(Round(broker_s, cpu_s(bare_loop.pid) - before_s, sent["seconds"]))

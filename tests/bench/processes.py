@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -26,6 +27,19 @@ def rss_mb(pid: int) -> float:
     """Resident memory of a running process in MiB."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def share_a_core(measured: Iterable[int], others: Iterable[int]) -> None:
+    """Put the measured processes on one core, and the others on the rest, if there is more than one.
+
+    Cores of a virtual machine differ: on one, somebody else's work may be the other half of the same real core. What is
+    compared has to run on the same one.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    for pid in measured:
+        os.sched_setaffinity(pid, cores[-1:])
+    for pid in others:
+        os.sched_setaffinity(pid, cores[:-1] or cores)
 
 
 class HelperFailed(Exception):
