@@ -74,12 +74,16 @@ _NO_SUCH_REGISTERS: Final = (1, 2, 3)
 
 
 class LineFailure(Exception):
-    """A request without a usable reply. `refused`: the meter did answer, that it has no such registers."""
+    """A request without a usable reply. `refused`: the meter did answer, that it has no such registers.
 
-    def __init__(self, reason: str, refused: bool = False) -> None:
+    `exception_code` is the Modbus exception that came in place of registers, None if none did.
+    """
+
+    def __init__(self, reason: str, refused: bool = False, exception_code: int | None = None) -> None:
         super().__init__(reason)
         self.reason = reason
         self.refused = refused
+        self.exception_code = exception_code
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +199,7 @@ class ModbusLine:
                 f"device {device_id} at {self.target} answers exception {code} to {request.count} registers at "
                 f"{request.address}: {_EXCEPTIONS.get(code, 'of the maker')}",
                 refused=code in _NO_SUCH_REGISTERS,
+                exception_code=code,
             )
         if reply.function_code != request.function_code or len(reply.registers) != request.count:
             # Either a broken meter or the late reply to another request; on a serial line nobody can tell.
