@@ -95,10 +95,23 @@ class BrokerDesk:
         key = load_private_key(self.workspace.key("conductor"))
         raw = seal(Tick(self._now_s, Stage.MARKET), key, LEDGER, "conductor")
         since = len(self.listener.messages)
-        _until_answered(
-            lambda: self.listener.publish(self.topics.time, raw, retain=True),
-            lambda limit_s: self._settle(self._now_s, since, limit_s),
-        )
+        try:
+            _until_answered(
+                lambda: self.listener.publish(self.topics.time, raw, retain=True),
+                lambda limit_s: self._settle(self._now_s, since, limit_s),
+            )
+        except WaitedTooLong as error:
+            raise AssertionError(f"{error}\n{self._reports(since)}") from error
+
+    def _reports(self, since: int) -> str:
+        """The last reports and log lines of the brokers, for the message of a failure."""
+        reports = [
+            Report.from_bytes(message.payload)
+            for message in self.listener.messages[since:]
+            if message.topic.startswith(f"{self.topics.time}/")
+        ]
+        logs = [f"{name}: {process.log_tail()}" for name, process in self.brokers.items()]
+        return "\n".join([*map(repr, reports[-6:]), *logs])
 
     def _settle(self, time_s: int, since: int, limit_s: float) -> None:
         """Wait until both brokers report that they are idle at that time, at one ledger height."""
