@@ -13,6 +13,17 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
+from meter_agent.framing.telegram import (
+    EXPORT_GROUP,
+    IMPORT_GROUP,
+    MalformedTelegram,
+    TelegramReading,
+    counter_codes,
+    energy_mwh,
+    power_mw,
+    whole_watts,
+)
+
 MAX_TELEGRAM_BYTES: Final = 8_192
 """Longest telegram taken: a DSMR 5 telegram has about 1 kB, and a text message may add 2 kB."""
 
@@ -24,18 +35,8 @@ _END: Final = ord("!")
 _LINE_FEED: Final = ord("\n")
 
 _OBJECT: Final = re.compile(r"(\d{1,3}-\d{1,3}:\d{1,3}\.\d{1,3}\.\d{1,3})(?:\*255)?(\(.*\))")
-_ENERGY: Final = re.compile(r"\((\d{1,10})(?:\.(\d{1,7}))?\*(k?)Wh\)")
-_POWER: Final = re.compile(r"\((\d{1,10})(?:\.(\d{1,7}))?\*(k?)W\)")
 _TEXT: Final = re.compile(r"\(([0-9A-Za-z]{1,96})\)")
 _VERSIONS: Final = ("1-3:0.2.8", "0-0:96.1.4")
-
-
-class MalformedTelegram(Exception):
-    """A telegram that is not read: `reason` says what is wrong with it."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,22 +45,6 @@ class Telegram:
 
     raw: bytes
     checked: bool
-
-
-@dataclass(frozen=True, slots=True)
-class P1Reading:
-    """What a telegram says. Counters are sums over tariffs in mWh, None where the meter sends none.
-
-    `power_w` is import positive. A register starts again at 0 when its digits are used up, which makes the sum drop by
-    the rollover, in mWh.
-    """
-
-    import_mwh: int | None
-    export_mwh: int | None
-    power_w: int | None
-    equipment_id: str | None
-    import_rollover_mwh: int | None = None
-    export_rollover_mwh: int | None = None
 
 
 class P1Framer:
@@ -145,7 +130,7 @@ def crc16(data: bytes) -> int:
     return crc
 
 
-def parse_telegram(telegram: Telegram) -> P1Reading:
+def parse_telegram(telegram: Telegram) -> TelegramReading:
     """Read a telegram's counters, power and equipment id. Raises MalformedTelegram.
 
     A total (1.8.0, 2.8.0) is taken where the meter sends one; else the tariff registers 1.8.1 to 1.8.4 are added up.
@@ -155,11 +140,11 @@ def parse_telegram(telegram: Telegram) -> P1Reading:
     objects = _objects(telegram)
     if not telegram.checked and any(version in objects for version in _VERSIONS):
         raise MalformedTelegram("it names a version that has a CRC, and has none")
-    import_mwh, import_rollover_mwh = _energy(objects, "1-0:1.8", telegram.checked)
-    export_mwh, export_rollover_mwh = _energy(objects, "1-0:2.8", telegram.checked)
+    import_mwh, import_rollover_mwh = _energy(objects, IMPORT_GROUP, telegram.checked)
+    export_mwh, export_rollover_mwh = _energy(objects, EXPORT_GROUP, telegram.checked)
     if import_mwh is None and export_mwh is None:
         raise MalformedTelegram("it has neither import (1.8.x) nor export (2.8.x) counters")
-    return P1Reading(
+    return TelegramReading(
         import_mwh, export_mwh, _power(objects), _equipment_id(objects), import_rollover_mwh, export_rollover_mwh
     )
 
@@ -185,42 +170,29 @@ def _objects(telegram: Telegram) -> dict[str, str]:
 
 def _energy(objects: dict[str, str], group: str, checked: bool) -> tuple[int | None, int | None]:
     """The counter of a direction and its rollover, both in mWh; None where there is none."""
-    codes = [f"{group}.0"] if f"{group}.0" in objects else [f"{group}.{tariff}" for tariff in range(1, 5)]
-    present = [code for code in codes if code in objects]
-    if not present:
+    codes = counter_codes(objects, f"1-0:{group}")
+    if not codes:
         return None, None
-    if not checked and len(codes) > 1 and present[:2] != codes[:2]:
-        raise MalformedTelegram(f"{codes[0]} and {codes[1]} are not both there")
-    total_mwh = sum(_scaled(code, objects[code], _ENERGY, decimals=3) for code in present)
-    rollovers_mwh = {_rollover_mwh(objects[code]) for code in present}
-    return total_mwh, rollovers_mwh.pop() if len(rollovers_mwh) == 1 else None
-
-
-def _rollover_mwh(value: str) -> int:
-    """One more than the digits before the decimal point can show, in mWh."""
-    digits = value[1 : value.index("*")].split(".")[0]
-    return int(10 ** len(digits)) * (1_000_000 if value.endswith("*kWh)") else 1_000)
+    tariffs = (f"1-0:{group}.1", f"1-0:{group}.2")
+    if not checked and codes[0] != f"1-0:{group}.0" and codes[:2] != tariffs:
+        raise MalformedTelegram(f"{tariffs[0]} and {tariffs[1]} are not both there")
+    counters = [energy_mwh(code, _inside(objects[code])) for code in codes]
+    rollovers_mwh = {rollover_mwh for _, rollover_mwh in counters}
+    return sum(counter_mwh for counter_mwh, _ in counters), rollovers_mwh.pop() if len(rollovers_mwh) == 1 else None
 
 
 def _power(objects: dict[str, str]) -> int | None:
     """Import less export in W, None if the meter sends neither."""
-    sides = [objects.get("1-0:1.7.0"), objects.get("1-0:2.7.0")]
-    if sides == [None, None]:
+    sides = [(code, objects.get(code)) for code in ("1-0:1.7.0", "1-0:2.7.0")]
+    if all(value is None for _, value in sides):
         return None
-    values = [0 if side is None else _scaled("1-0:x.7.0", side, _POWER, decimals=0) for side in sides]
-    return values[0] - values[1]
+    taken_mw, delivered_mw = (0 if value is None else power_mw(code, _inside(value)) for code, value in sides)
+    return whole_watts(taken_mw - delivered_mw)
 
 
-def _scaled(code: str, value: str, pattern: re.Pattern[str], decimals: int) -> int:
-    """A decimal number with unit as an integer with `decimals` more decimal places than the base unit, rounded down."""
-    found = pattern.fullmatch(value)
-    if found is None:
-        raise MalformedTelegram(f"{code} reads {value[:40]!r}")
-    whole, fraction, kilo = found.groups()
-    fraction = fraction or ""
-    shift = decimals + (3 if kilo else 0) - len(fraction)
-    number = int(whole + fraction)
-    return number * int(10 ** max(shift, 0)) // int(10 ** max(-shift, 0))
+def _inside(value: str) -> str:
+    """A value without its parentheses."""
+    return value[1:-1]
 
 
 def _equipment_id(objects: dict[str, str]) -> str | None:

@@ -31,11 +31,11 @@ def create_readers(meters: Iterable[NamedMeter], clock: Clock) -> dict[str, Mete
     for meter in meters:
         config = meter.config.reader
         if isinstance(config, P1Config):
-            from meter_agent.readers.p1 import P1Reader
+            from meter_agent.readers.p1 import create_p1_reader
 
             if str(config.port) in serial_lines:
                 raise WrongValue(f"meters.{meter.name}.reader.port", "a port of its own, for a P1 meter")
-            readers[meter.name] = P1Reader(meter.name, config, clock)
+            readers[meter.name] = create_p1_reader(meter.name, config, clock)
         else:
             from meter_agent.readers.modbus import create_modbus_reader
 

@@ -497,7 +497,7 @@ def p1(peers, closing):
     peer.send(telegram("000001.000"))
     first.join(10)
     assert [sample.import_mwh for sample in samples] == [1_000_000]
-    reader._config = P1Config("p1", peer.port, timeout_s=TIMEOUT_S)
+    reader._timeout_s = TIMEOUT_S
     return peer, reader
 
 
@@ -516,7 +516,7 @@ def test_no_telegram_is_given_out_twice(p1):
     with pytest.raises(ReadFailure, match="no telegram within"):
         reader.sample()
     peer.send(telegram("000002.000"))
-    reader._config = P1Config("p1", peer.port, timeout_s=2.0)
+    reader._timeout_s = 2.0
     assert reader.sample().import_mwh == 2_000_000
 
 

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from meter_agent.framing.p1 import (
     MAX_TELEGRAM_BYTES,
     MAX_TRAILER_BYTES,
-    MalformedTelegram,
     P1Framer,
     Telegram,
     crc16,
     parse_telegram,
 )
+from meter_agent.framing.telegram import MalformedTelegram
 
 
 def lines(*text: str) -> bytes:
@@ -121,7 +121,7 @@ def test_the_example_of_the_companion_standard_is_read():
     assert reading.import_mwh == 246_913_578_000  # 2 × 123456.789 kWh
     assert reading.export_mwh == 246_913_578_000
     assert reading.power_w == 1193
-    assert reading.equipment_id == "K8EG004046395507"
+    assert reading.serial_number == "K8EG004046395507"
     assert reading.import_rollover_mwh == 10**12  # six digits of kWh
 
 
@@ -156,12 +156,12 @@ def test_a_total_register_is_taken_instead_of_its_tariffs():
 def test_a_single_tariff_meter_without_export_is_read():
     reading = read_one(with_crc(lines("/LUX5", "", "0-0:96.1.4(50217)", "1-0:1.8.0(000171.155*kWh)", "!")))
     assert (reading.import_mwh, reading.export_mwh, reading.power_w) == (171_155_000, None, None)
-    assert reading.equipment_id is None
+    assert reading.serial_number is None
 
 
 def test_an_equipment_id_that_is_no_text_is_kept_as_it_stands():
     body = BODY.replace(b"4B384547303034303436333935353037", b"3960221976967177082151037881335713")
-    assert read_one(with_crc(body)).equipment_id == "3960221976967177082151037881335713"
+    assert read_one(with_crc(body)).serial_number == "3960221976967177082151037881335713"
 
 
 def test_dsmr_2_2_has_no_crc_and_is_read_strictly():
