@@ -21,7 +21,7 @@ from meter_agent.intervals import Anchor, Boundary, MeterState, SealedInterval
 from meter_agent.outbox import OutboxState, WaitingMessage
 
 FILE_NAME: Final = "journal.sqlite"
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 MAX_NOTES: Final = 256
 """Receipts, deliveries and events that are held in memory at most."""
 
@@ -33,7 +33,8 @@ _SCHEMA: Final = """
 CREATE TABLE meter (
     name TEXT PRIMARY KEY, anchor_time_us INTEGER NOT NULL, anchor_raw_mwh INTEGER NOT NULL,
     anchor_total_mwh INTEGER NOT NULL, serial_number TEXT, boundary_at_s INTEGER, boundary_total_wh INTEGER,
-    boundary_quality INTEGER, boundary_before_s INTEGER, boundary_after_s INTEGER, sealed_until_s INTEGER NOT NULL
+    boundary_quality INTEGER, boundary_before_s INTEGER, boundary_after_s INTEGER, boundary_set_s INTEGER,
+    unassigned_wh INTEGER NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE interval (
     meter TEXT NOT NULL, start_s INTEGER NOT NULL, revision INTEGER NOT NULL, end_s INTEGER NOT NULL,
@@ -48,6 +49,17 @@ CREATE TABLE delivery (
 CREATE TABLE event (
     id INTEGER PRIMARY KEY, time_s INTEGER NOT NULL, meter TEXT NOT NULL, kind TEXT NOT NULL, detail TEXT NOT NULL
 );
+"""
+
+# Version 1 forgot the boundary where counting started anew, and only knew until when it had sealed.
+_FROM_VERSION_1: Final = """
+ALTER TABLE meter ADD COLUMN boundary_set_s INTEGER;
+ALTER TABLE meter ADD COLUMN unassigned_wh INTEGER NOT NULL DEFAULT 0;
+UPDATE meter SET boundary_at_s = sealed_until_s, boundary_total_wh = anchor_total_mwh / 1000, boundary_quality = 2,
+    boundary_before_s = sealed_until_s, boundary_after_s = sealed_until_s
+    WHERE boundary_at_s IS NULL AND sealed_until_s > 0;
+UPDATE meter SET boundary_set_s = 0 WHERE boundary_at_s IS NOT NULL;
+ALTER TABLE meter DROP COLUMN sealed_until_s;
 """
 
 
@@ -121,9 +133,9 @@ class Journal:
         self._db.execute("PRAGMA synchronous = FULL")
         self._db.execute("PRAGMA cache_size = -512")
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        if version == 0:
+        if version in (0, 1):
             with self._transaction():
-                for statement in _SCHEMA.split(";"):
+                for statement in (_SCHEMA if version == 0 else _FROM_VERSION_1).split(";"):
                     self._db.execute(statement)
                 self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         elif version != SCHEMA_VERSION:
@@ -162,16 +174,17 @@ class Journal:
             row = self._db.execute("SELECT * FROM meter WHERE name = ?", (meter,)).fetchone()
         if row is None:
             return MeterState()
-        _, time_us, raw_mwh, total_mwh, serial_number, at_s, total_wh, quality, before_s, after_s, sealed_until_s = row
-        boundary = Boundary(at_s, total_wh, Quality(quality), before_s, after_s) if at_s is not None else None
+        _, *counters, at_s, total_wh, quality, before_s, after_s, set_s, unassigned_wh = row
+        time_us, raw_mwh, total_mwh, serial_number = counters
+        boundary = Boundary(at_s, total_wh, Quality(quality), before_s, after_s, set_s) if at_s is not None else None
         # The monotonic clock of before the restart says nothing to us.
-        return MeterState(Anchor(time_us, None, raw_mwh, total_mwh, serial_number), boundary, sealed_until_s)
+        return MeterState(Anchor(time_us, None, raw_mwh, total_mwh, serial_number), boundary, unassigned_wh)
 
     def seal(self, meter: str, state: MeterState, rows: Iterable[OutboxRow]) -> None:
         """Commit the meter's counters together with the intervals that were sealed from them, and everything noted."""
         with self._transaction():
             self._db.execute(
-                "INSERT OR REPLACE INTO meter VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", _row(meter, state)
+                "INSERT OR REPLACE INTO meter VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", _row(meter, state)
             )
             self._db.executemany(
                 "INSERT INTO interval VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0, NULL)",
@@ -189,7 +202,8 @@ class Journal:
                     for row in rows
                 ],
             )
-            self._forget_old(meter, state.sealed_until_s)
+            if state.boundary is not None:
+                self._forget_old(meter, state.boundary.at_s)
             self._write_notes()
         self._clear_notes()
 
@@ -335,9 +349,16 @@ def _row(meter: str, state: MeterState) -> tuple[str | int | None, ...]:
     if anchor is None:
         raise ValueError("a meter without a sample has nothing to keep")
     base = (
-        (boundary.at_s, boundary.total_wh, int(boundary.quality), boundary.before_s, boundary.after_s)
+        (
+            boundary.at_s,
+            boundary.total_wh,
+            int(boundary.quality),
+            boundary.before_s,
+            boundary.after_s,
+            boundary.set_s,
+        )
         if boundary is not None
-        else (None,) * 5
+        else (None,) * 6
     )
     counters = (anchor.time_us, anchor.raw_mwh, anchor.total_mwh, anchor.serial_number)
-    return (meter, *counters, *base, state.sealed_until_s)
+    return (meter, *counters, *base, state.unassigned_wh)

@@ -402,7 +402,7 @@ class Agent:
         step = advance(meter.state, sample, meter.rules)
         for event in step.events:
             self._note(meter.name, event.kind.value, event.detail)
-        if step.sealed or step.state.boundary != meter.state.boundary:
+        if step.keep:
             rows = [self._sign(meter, interval) for interval in step.sealed]
             self._journal.seal(meter.name, step.state, rows)
             meter.waiting += len(rows)

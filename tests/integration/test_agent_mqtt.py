@@ -350,7 +350,7 @@ def test_a_long_backlog_goes_through_a_short_memory(world: World) -> None:
         rows.append(OutboxRow(interval, 0, sealed_id(raw, LEDGER, "house"), raw))
     end_s = T0 + 1800 * many
     boundary = Boundary(end_s, 0, Quality.MEASURED, end_s, end_s)
-    journal.seal("house", MeterState(Anchor(end_s * 1_000_000, None, 0, 0, None), boundary, end_s), rows)
+    journal.seal("house", MeterState(Anchor(end_s * 1_000_000, None, 0, 0, None), boundary), rows)
     journal.close()
     with world.agent():
         wait_until(lambda: len(world.broker.energies()) == many, "all intervals")

@@ -86,7 +86,8 @@ def test_intervals_add_up_to_the_register_difference(history: list[tuple[float, 
             return
     for at_s, mwh in history:
         run.take(_sample(at_s, mwh % rollover, rollover=rollover))
-    assert run.events == []
+    assert set(run.events) <= {EventKind.ROLLED_OVER}
+    assert run.state.unassigned_wh == 0
     assert sum(s.energy_wh for s in run.sealed) == _floor(history[-1][1], history, rollover) - _floor(
         history[0][1], history, rollover
     )
@@ -156,14 +157,16 @@ def test_a_rollover_is_counted_over() -> None:
     for after_s, shown in ((0, 838_860_000), (1800, 838_860_600), (3600, 900), (5400, 4_900)):
         run.take(_sample(T0 + after_s, shown, rollover=838_860_700))
     assert run.rows() == [(0, 0, "MEASURED"), (1800, 1, "MEASURED"), (3600, 4, "MEASURED")]
-    assert run.events == []
+    assert run.events == [EventKind.ROLLED_OVER]
 
 
 def test_an_outage_in_which_the_counter_may_have_gone_round_is_not_guessed() -> None:
     run = _Run()
     run.take(_sample(T0, 500_000, rollover=1_000_000))
     run.take(_sample(T0 + 7200, 600_000, rollover=1_000_000))
-    assert run.events == [EventKind.OUTAGE_TOO_LONG]
+    assert (run.rows(), run.state.fault) == ([], Fault.MAY_HAVE_GONE_ROUND)
+    run.take(_sample(T0 + 7260, 600_000, rollover=1_000_000))
+    assert run.events == [EventKind.FAULT, EventKind.OUTAGE_TOO_LONG]
     assert run.rows() == [(1800 * i, 0, "MISSING") for i in range(4)]
 
 
@@ -183,40 +186,88 @@ def test_a_counter_that_drops_to_zero_for_a_moment_and_comes_back_changes_nothin
     assert run.rows() == [(0, 200, "MEASURED")]
 
 
-def test_a_counter_that_drops_to_zero_and_comes_back_late_never_books_its_lifetime() -> None:
+def test_a_zero_that_only_stands_there_is_never_believed() -> None:
+    # evcc #30267: an inverter that sleeps shows 0 all night and its lifetime again in the morning.
     run = _Run()
     run.see((0, 9_000_000_000), *((t, 0) for t in range(600, 1800, 30)))
     run.see(*((t, 9_000_100_000) for t in range(1800, 7201, 30)))
-    assert max(s.energy_wh for s in run.sealed) == 0
-    assert run.rows()[0] == (0, 0, "MISSING")
-    assert run.events.count(EventKind.REBASED) == 2
+    assert run.events == [EventKind.FAULT, EventKind.RECOVERED]
+    assert run.rows() == [(0, 100, "MEASURED")] + [(1800 * i, 0, "MEASURED") for i in (1, 2, 3)]
 
 
-def test_a_reset_that_reads_confirm_starts_counting_anew() -> None:
+def test_a_counter_that_counts_from_zero_for_a_while_and_comes_back_never_books_its_lifetime() -> None:
+    run = _Run()
+    run.see((0, 9_000_000_000), *((t, t * 100) for t in range(600, 1800, 30)))
+    run.see(*((t, 9_000_100_000 + t) for t in range(1800, 7201, 30)))
+    assert EventKind.COUNTER_RESET in run.events
+    assert EventKind.COUNTER_JUMPED in run.events
+    # What it counted from its first 0 to its last, and from its return.
+    assert run.rows()[0] == (0, 117, "ESTIMATED")
+    assert sum(energy_wh for _, energy_wh, _ in run.rows()) == (177_000 - 60_000 + 5_400) // 1000
+
+
+def test_a_reset_that_reads_confirm_goes_on_from_the_new_count() -> None:
     run = _Run()
     run.see((0, 5_000_000), (600, 5_100_000), (700, 3_000), (730, 4_000))
     assert run.events == [EventKind.FAULT]
     run.see((760, 5_000), (1800, 50_000), (3600, 150_000))
-    assert run.events == [EventKind.FAULT, EventKind.REBASED]
-    assert run.rows() == [(0, 0, "MISSING"), (1800, 100, "MEASURED")]
+    assert run.events == [EventKind.FAULT, EventKind.COUNTER_RESET]
+    # 100 Wh before and 47 Wh after; the 3 Wh that the new count began with are in no interval.
+    assert run.rows() == [(0, 147, "ESTIMATED"), (1800, 100, "MEASURED")]
 
 
 def test_a_swapped_meter_is_told_by_its_serial_number_even_if_the_new_count_would_fit() -> None:
     run = _Run()
     for after_s, mwh, serial in ((0, 1_000, "a"), (600, 2_000, "a"), (1200, 2_500, "b"), (1260, 2_600, "b")):
         run.take(_sample(T0 + after_s, mwh, serial=serial))
-    assert run.events == [EventKind.FAULT, EventKind.REBASED]
+    assert run.events == [EventKind.FAULT, EventKind.METER_SWAPPED]
     run.take(_sample(T0 + 1800, 3_600, serial="b"))
     run.take(_sample(T0 + 3600, 4_600, serial="b"))
-    assert run.rows() == [(0, 0, "MISSING"), (1800, 1, "MEASURED")]
+    assert run.rows() == [(0, 2, "ESTIMATED"), (1800, 1, "MEASURED")]
+
+
+def test_a_swap_is_kept_at_once_because_the_old_meter_cannot_be_read_again() -> None:
+    run = _Run()
+    steps = [
+        run.take(_sample(T0 + after_s, mwh, serial=serial))
+        for after_s, mwh, serial in ((0, 1_000, "a"), (600, 2_000, "a"), (1200, 500, "b"), (1260, 600, "b"))
+    ]
+    assert [step.keep for step in steps] == [True, False, False, True]
+
+
+def test_intervals_without_a_meter_are_missing_and_those_beside_them_estimated() -> None:
+    run = _Run()
+    for after_s, mwh, serial in ((0, 5_000, "a"), (600, 105_000, "a"), (6000, 7_000, "b"), (6060, 8_000, "b")):
+        run.take(_sample(T0 + after_s, mwh, serial=serial))
+    run.take(_sample(T0 + 7200, 57_000, serial="b"))
+    assert run.rows() == [(0, 100, "ESTIMATED"), (1800, 0, "MISSING"), (3600, 0, "MISSING"), (5400, 50, "ESTIMATED")]
+
+
+def test_a_swapped_meter_whose_serial_number_is_unreadable_once_is_not_taken_for_the_old_one() -> None:
+    run = _Run()
+    for after_s, mwh, serial in ((0, 1_000, "a"), (600, 2_000, "a"), (1200, 2_500, "b"), (1230, 2_600, None)):
+        run.take(_sample(T0 + after_s, mwh, serial=serial))
+    assert run.state.fault is Fault.SERIAL_CHANGED
+    run.take(_sample(T0 + 1260, 2_700, serial="b"))
+    assert run.events == [EventKind.FAULT, EventKind.METER_SWAPPED]
+
+
+def test_an_impossible_value_does_not_become_possible_by_standing_there() -> None:
+    run = _Run()
+    run.see((0, 1_000_000), *((t, 6_000_000) for t in range(10, 7201, 10)))
+    # By now the line could have carried 5 kWh, but it was there in 10 s.
+    assert run.rows() == []
+    assert run.state.fault is Fault.IMPOSSIBLE_JUMP
+    run.see((7210, 1_200_000), (9000, 1_300_000))
+    assert run.events == [EventKind.FAULT, EventKind.RECOVERED]
+    assert sum(energy_wh for _, energy_wh, _ in run.rows()) == 300
 
 
 def test_reads_that_contradict_each_other_are_never_believed() -> None:
     run = _Run()
     run.see((0, 5_000_000), *((60 * i, 1_000 if i % 2 else 900_000_000) for i in range(1, 60)))
     assert run.rows() == []
-    assert run.events == [EventKind.FAULT] + [EventKind.FAULT] * (len(run.events) - 1)
-    assert EventKind.REBASED not in run.events
+    assert set(run.events) == {EventKind.FAULT}
 
 
 def test_a_jump_beyond_capacity_is_withheld() -> None:
@@ -233,6 +284,7 @@ def test_an_interval_above_capacity_is_withheld_though_each_step_fits_the_resolu
     run.see((0, 0), (900, 100_000), (1800, 200_000), (3600, 255_000))
     assert run.rows() == [(0, 0, "MISSING"), (1800, 55, "MEASURED")]
     assert run.events == [EventKind.ABOVE_CAPACITY]
+    assert run.state.unassigned_wh == 200
 
 
 def test_a_reply_without_the_billed_register_is_a_fault() -> None:
@@ -276,25 +328,56 @@ def test_the_same_moment_twice_changes_nothing() -> None:
     assert run.take(_sample(T0 + 1800, 5_000)) == Step(before)
 
 
-def test_a_clock_set_back_over_a_boundary_seals_no_interval_twice() -> None:
-    run = _Run()
+def _set_clock(run: _Run, by_s: int, until_s: int) -> None:
+    """100 Wh in the first interval, 1 Wh in 10 s; then the clock is set, and 500 mWh are counted a second."""
     run.see((0, 0), (1800, 100_000), (1810, 101_000))
-    # Ten seconds later by the monotonic clock, but the calendar says 35 minutes before.
-    for later_s in range(10, 7200, 10):
-        run.take(Sample(1860.0 + later_s, T0 - 300 + later_s, 101_000 + 500 * later_s, None))
-    assert run.events == [EventKind.CLOCK_STEPPED]
-    assert [start for start, _, _ in run.rows()] == [0, 1800, 3600]
-    # What was counted under the wrong time belongs to no interval.
-    assert run.sealed[1].energy_wh == 900
+    for later_s in range(10, until_s, 10):
+        run.take(Sample(1860.0 + later_s, T0 + 1810 + by_s + later_s, 101_000 + 500 * later_s, None))
 
 
-def test_a_clock_set_forward_over_boundaries_makes_the_skipped_intervals_missing() -> None:
+def test_a_clock_set_back_seals_no_interval_twice_and_the_next_one_says_since_when_it_counts() -> None:
     run = _Run()
-    run.see((0, 0), (1800, 100_000), (1810, 101_000))
-    for later_s in range(10, 3600, 10):
-        run.take(Sample(1860.0 + later_s, T0 + 1810 + 7200 + later_s, 101_000 + 500 * later_s, None))
+    _set_clock(run, by_s=-900, until_s=4600)
     assert run.events == [EventKind.CLOCK_STEPPED]
-    assert run.rows()[1:] == [(1800 * i, 0, "MISSING") for i in range(1, 6)] + [(10800, 900, "MEASURED")]
+    # The boundary at 1800 s was passed at what is now 900 s, and once more 890 s later.
+    assert run.rows() == [(0, 100, "MEASURED"), (1800, 1 + 2690 * 500 // 1000, "ESTIMATED"), (3600, 900, "MEASURED")]
+    assert run.sealed[1].sampled_s == (T0 + 900, T0 + 3600)
+    assert run.state.unassigned_wh == 0
+
+
+def test_a_clock_set_back_by_more_than_an_interval_leaves_what_is_counted_meanwhile_in_no_interval() -> None:
+    run = _Run()
+    _set_clock(run, by_s=-7200, until_s=12_000)
+    assert run.events == [EventKind.CLOCK_STEPPED, EventKind.UNASSIGNED]
+    assert run.rows() == [(0, 100, "MEASURED"), (1800, 900, "MEASURED"), (3600, 900, "MEASURED")]
+    assert run.state.unassigned_wh == 1 + 7190 * 500 // 1000
+
+
+def test_a_clock_set_forward_over_boundaries_makes_the_skipped_intervals_missing_and_keeps_the_energy() -> None:
+    run = _Run()
+    _set_clock(run, by_s=7200, until_s=3600)
+    assert run.events == [EventKind.CLOCK_STEPPED]
+    assert run.rows()[1:] == [(1800 * i, 0, "MISSING") for i in range(1, 5)] + [
+        (9000, 1 + 1790 * 500 // 1000, "ESTIMATED"),
+        (10800, 900, "MEASURED"),
+    ]
+    assert run.sealed[5].sampled_s == (T0 + 9000, T0 + 10_800)
+
+
+def test_a_clock_set_forward_into_an_interval_counts_it_from_there() -> None:
+    run = _Run()
+    _set_clock(run, by_s=7500, until_s=1800)
+    assert run.rows()[5] == (9000, 1 + 1490 * 500 // 1000, "ESTIMATED")
+    assert run.sealed[5].sampled_s == (T0 + 9300, T0 + 10_800)
+
+
+def test_a_boundary_before_the_first_sample_after_a_clock_step_lies_between_the_last_boundary_and_that_sample() -> None:
+    run = _Run()
+    run.see((0, 0), (1800, 100_000), (2700, 150_000))
+    # Set forward by 1000 s: the last boundary is at 2800 s now, and the last sample at 3700 s, behind the next one.
+    for later_s in (10, 1700):
+        run.take(Sample(2750.0 + later_s, T0 + 3700 + later_s, 150_000 + 100 * later_s, None))
+    assert run.rows()[1:] == [(1800, 44, "ESTIMATED"), (3600, 6 + 170, "INTERPOLATED")]
 
 
 def test_a_small_clock_step_inside_an_interval_keeps_the_energy_together() -> None:
@@ -303,7 +386,17 @@ def test_a_small_clock_step_inside_an_interval_keeps_the_energy_together() -> No
     run.take(Sample(660.0, T0 + 910, 101_000, None))
     run.take(Sample(660.0 + 890, T0 + 1800, 201_000, None))
     assert run.events == [EventKind.CLOCK_STEPPED]
-    assert run.rows() == [(0, 201, "MEASURED")]
+    assert run.rows() == [(0, 201, "ESTIMATED")]
+
+
+def test_clock_steps_that_cancel_out_leave_the_energy_where_it_was() -> None:
+    run = _Run()
+    run.see((0, 0), (600, 100_000))
+    run.take(Sample(660.0, T0 + 610 - 7200, 101_000, None))
+    run.take(Sample(670.0, T0 + 620, 102_000, None))
+    run.take(Sample(1850.0, T0 + 1800, 202_000, None))
+    assert run.events == [EventKind.CLOCK_STEPPED] * 2
+    assert run.rows() == [(0, 202, "ESTIMATED")]
 
 
 def test_after_a_restart_with_an_earlier_clock_nothing_is_sealed_twice() -> None:
@@ -317,11 +410,12 @@ def test_after_a_restart_with_an_earlier_clock_nothing_is_sealed_twice() -> None
     assert EventKind.CLOCK_STEPPED in run.events
 
 
-def test_an_outage_of_years_is_one_event() -> None:
+def test_an_outage_of_years_is_one_event_and_its_energy_is_in_no_interval() -> None:
     run = _Run()
-    run.see((0, 0), (1800, 1_000), (3 * 365 * 86_400, 2_000))
-    assert run.rows() == [(0, 1, "MEASURED")]
-    assert run.events == [EventKind.OUTAGE_TOO_LONG, EventKind.OUTAGE_TOO_LONG]
+    run.see((0, 0), (1800, 1_000), (3 * 365 * 86_400 + 900, 9_000), (3 * 365 * 86_400 + 1800, 10_000))
+    assert run.rows() == [(0, 1, "MEASURED"), (3 * 365 * 86_400, 2, "ESTIMATED")]
+    assert run.events == [EventKind.OUTAGE_TOO_LONG]
+    assert run.state.unassigned_wh == 7
 
 
 def test_a_sample_from_before_the_clock_was_right_gets_its_true_time() -> None:

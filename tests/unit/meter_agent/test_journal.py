@@ -5,6 +5,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,8 @@ def _state(number: int) -> MeterState:
     at_s = T0 + 1800 * number
     return MeterState(
         Anchor(at_s * 1_000_000 + 5, None, number, number + 7, "serial"),
-        Boundary(at_s, number * 100, Quality.INTERPOLATED, at_s - 3, at_s + 4),
-        at_s,
+        Boundary(at_s, number * 100, Quality.INTERPOLATED, at_s - 3, at_s + 4, -number),
+        number,
     )
 
 
@@ -58,7 +59,7 @@ def test_what_was_sealed_is_there_after_reopening(tmp_path: Path) -> None:
 
 def test_a_state_without_boundary_is_kept_too(tmp_path: Path) -> None:
     journal = Journal(tmp_path, 10)
-    state = MeterState(Anchor(1, None, 2, 2, None), None, T0)
+    state = MeterState(Anchor(1, None, 2, 2, None))
     journal.seal("house", state, [])
     assert journal.load("house") == state
     journal.close()
@@ -178,6 +179,35 @@ def test_a_journal_of_a_later_agent_is_refused(tmp_path: Path) -> None:
     database.close()
     with pytest.raises(JournalError, match="schema 99"):
         Journal(tmp_path, 10)
+
+
+def test_a_journal_of_the_first_schema_is_carried_over(tmp_path: Path) -> None:
+    old = """
+        CREATE TABLE meter (
+            name TEXT PRIMARY KEY, anchor_time_us INTEGER NOT NULL, anchor_raw_mwh INTEGER NOT NULL,
+            anchor_total_mwh INTEGER NOT NULL, serial_number TEXT, boundary_at_s INTEGER, boundary_total_wh INTEGER,
+            boundary_quality INTEGER, boundary_before_s INTEGER, boundary_after_s INTEGER,
+            sealed_until_s INTEGER NOT NULL
+        ) WITHOUT ROWID;
+        INSERT INTO meter VALUES ('counting', 5, 6000, 7000, 'a', 1800, 6, 1, 1799, 1801, 1800);
+        INSERT INTO meter VALUES ('anew', 5, 6000, 7000, NULL, NULL, NULL, NULL, NULL, NULL, 1800);
+        INSERT INTO meter VALUES ('new', 5, 6000, 7000, NULL, NULL, NULL, NULL, NULL, NULL, 0);
+        PRAGMA user_version = 1;
+    """
+    Journal(tmp_path, 10).close()
+    with sqlite3.connect(tmp_path / FILE_NAME) as database:
+        database.executescript("DROP TABLE meter;" + old)
+    database.close()
+    journal = Journal(tmp_path, 10)
+    anchor = Anchor(5, None, 6000, 7000, None)
+    assert journal.load("counting") == MeterState(
+        replace(anchor, serial_number="a"), Boundary(1800, 6, Quality.INTERPOLATED, 1799, 1801)
+    )
+    assert journal.load("anew") == MeterState(anchor, Boundary(1800, 7, Quality.ESTIMATED, 1800, 1800))
+    assert journal.load("new") == MeterState(anchor)
+    _seal(journal, 1)
+    assert journal.load("house") == _state(1)
+    journal.close()
 
 
 def test_every_commit_is_synced_before_it_counts(tmp_path: Path) -> None:
