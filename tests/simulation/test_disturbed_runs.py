@@ -139,5 +139,6 @@ def test_a_partition_that_heals_after_the_gate_or_never_leaves_everything_consis
         heals=lambda w: w.market_time_s > T0 + after_s,
         may_wait=True,
     )
+    world.patience_s = 35.0
     books = world.run()
     audit.check(world, books)
