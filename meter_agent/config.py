@@ -135,12 +135,32 @@ class AgentSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class HomeAssistantConfig:
+    """The home's own MQTT server: plain retained values below `topic`, and Home Assistant's discovery messages.
+
+    Values go out when they change, at most every `period_s`. Without a table `mqtt` it is the broker's server.
+    """
+
+    topic: str = "dengen/home"
+    discovery: bool = True
+    discovery_prefix: str = "homeassistant"
+    period_s: Annotated[float, Between(0.1, 3_600)] = 10.0
+    mqtt: MqttConfig | None = None
+
+    def __post_init__(self) -> None:
+        for key, topic in (("topic", self.topic), ("discovery_prefix", self.discovery_prefix)):
+            if not all(topic.split("/")) or any(sign in topic for sign in "+#\0"):
+                raise WrongValue(key, f"MQTT topic levels without + and #, not empty, got {topic!r}")
+
+
+@dataclass(frozen=True, slots=True)
 class AgentConfig:
     """The whole file."""
 
     agent: AgentSettings
     meters: dict[Annotated[str, OneName()], MeterConfig]
     mqtt: MqttConfig = field(default_factory=MqttConfig)
+    home_assistant: HomeAssistantConfig | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.meters) <= MAX_METERS:

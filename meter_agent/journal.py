@@ -316,6 +316,20 @@ class JournalView:
         """Close the file."""
         self._db.close()
 
+    def waiting(self, meter: str) -> tuple[int, int | None]:
+        """How many of the meter's intervals have no receipt yet, and the start of the oldest of them."""
+        row: tuple[int, int | None] = self._db.execute(
+            "SELECT count(*), min(start_s) FROM interval WHERE state = 0 AND meter = ?", (meter,)
+        ).fetchone()
+        return row
+
+    def last_counted(self, meter: str) -> tuple[int, int] | None:
+        """When the billed register was read for the last sealed interval, in s, and what it showed, in mWh."""
+        row = self._db.execute(
+            "SELECT anchor_time_us / 1000000, anchor_raw_mwh FROM meter WHERE name = ?", (meter,)
+        ).fetchone()
+        return None if row is None else (row[0], row[1])
+
     def intervals(self, meter: str, limit: int) -> list[IntervalRecord]:
         """The meter's newest intervals, newest first."""
         rows = self._db.execute(

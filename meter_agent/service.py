@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 from broker.protocol.envelope import KeyLookup, Signer, open_envelope, seal, sealed_id
 from broker.protocol.errors import MalformedMessage, ProtocolError
@@ -34,6 +34,11 @@ from meter_agent.intervals import MeterRules, MeterState, SealedInterval, advanc
 from meter_agent.journal import Journal, OutboxRow
 from meter_agent.outbox import CONDUCTOR_PACE, MAX_UNDER_WAY, SYSTEM_PACE, Outbox, OutboxState, Pace, WaitingMessage
 from meter_agent.readings import MeterReader, ReadFailure, Sample
+from meter_agent.shown import sample_json
+from meter_agent.status_socket import StatusSocket
+
+if TYPE_CHECKING:
+    from meter_agent.home_link import HomeLink
 
 MAX_QUEUED_SAMPLES: Final = 1_024
 """Samples that wait for the loop. Registers are cumulative, so one that finds no room costs precision, not energy."""
@@ -75,6 +80,8 @@ class _Meter:
     waiting: int
     """Sealed intervals without a receipt."""
     read_failure: str | None = None
+    newest: Sample | None = None
+    """The last one that was read, whether it was believed or not."""
     held: list[Sample] = field(default_factory=list)
     next_due_s: int | None = None
     """In simulated time: the next boundary at which the meter is sampled."""
@@ -236,6 +243,8 @@ class Agent:
         self._results = Results(self._link)
         self._link_was_up = False
         self._logged_failure = ""
+        self._home = _home_link(config)
+        self._status_socket: StatusSocket | None = None
 
     def stop(self) -> None:
         """End `run` soon. From a signal handler or another thread, once or more often."""
@@ -245,6 +254,13 @@ class Agent:
     def run(self) -> None:
         """Work until stopped. Raises JournalError if the journal cannot be written, and ReaderDied."""
         threads = self._start_readers() if self._conductor_clock is None else []
+        if self._home is not None:
+            self._home.start()
+        try:
+            self._status_socket = StatusSocket(self._settings.data_dir, self.snapshot)
+        except OSError as error:
+            # Not worth an agent that does not run: some file systems have no sockets.
+            log.warning("`meter-agent status` will not see this agent: %s", error)
         try:
             while not self._stopping.is_set():
                 self._turn()
@@ -254,6 +270,29 @@ class Agent:
                         raise ReaderDied(thread.name)
         finally:
             self._shut_down(threads)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Where the agent stands, for `meter-agent status`. From any thread: it only looks."""
+        home = self._home
+        return {
+            "agent": self._name,
+            "time_s": int(self._clock.time_s()),
+            "clock": {"source": self._settings.clock, "synchronised": self._clock.trusted()},
+            "broker": {
+                "name": self._broker,
+                "connected": self._link.connected,
+                "failure": self._link.last_failure or None,
+            },
+            "home": None if home is None else {"connected": home.connected, "failure": home.last_failure or None},
+            "meters": {
+                meter.name: {
+                    "reading": None if meter.newest is None else sample_json(meter.newest),
+                    "fault": self._fault_of(meter),
+                    "waiting": meter.waiting,
+                }
+                for meter in self._meters.values()
+            },
+        }
 
     def _start_readers(self) -> list[ReaderThread]:
         threads = [
@@ -268,7 +307,11 @@ class Agent:
 
     def _shut_down(self, threads: list[ReaderThread]) -> None:
         self._stopping.set()
+        if self._status_socket is not None:
+            self._status_socket.close()
         self._results.close()
+        if self._home is not None:
+            self._home.close()
         for meter in self._meters.values():
             self._publish_status(meter, online=False)
         self._link.close()
@@ -377,7 +420,7 @@ class Agent:
         if isinstance(result, ReadFailure):
             self._read_failed(meter, result)
             return
-        self._read_worked(meter)
+        self._read_worked(meter, result)
         if not self._clock.trusted():
             meter.held.append(result)
             del meter.held[:-MAX_HELD_SAMPLES]
@@ -392,8 +435,11 @@ class Agent:
         if meter.read_failure is None:
             self._note(meter.name, "read-failure", failure.reason)
         meter.read_failure = failure.reason
+        if self._home is not None:
+            self._home.failed(meter.name)
 
-    def _read_worked(self, meter: _Meter) -> None:
+    def _read_worked(self, meter: _Meter, sample: Sample) -> None:
+        meter.newest = sample
         if meter.read_failure is not None:
             self._note(meter.name, "recovered", "the meter answers again")
         meter.read_failure = None
@@ -413,6 +459,9 @@ class Agent:
             if not self._outbox.add(messages, time.monotonic()):
                 self._more_in_journal = True
         meter.state = step.state
+        # What the agent itself does not believe yet, the home is not told either.
+        if self._home is not None and step.state.fault is None:
+            self._home.show(meter.name, sample)
 
     def _sign(self, meter: _Meter, interval: SealedInterval) -> OutboxRow:
         message_class = Demand if meter.config.direction == "consumption" else Reading
@@ -541,7 +590,7 @@ class Agent:
                 self._ticks.retry_at_s = time.monotonic() + self._ticks.retry_after_s
                 self._ticks.retry_after_s = min(2 * self._ticks.retry_after_s, LONGEST_TICK_RETRY_S)
                 continue
-            self._read_worked(meter)
+            self._read_worked(meter, sample)
             self._take_sample(meter, sample)
             meter.next_due_s = next_boundary_s(tick.time_s, meter.rules.interval_s)
 
@@ -563,6 +612,19 @@ class Agent:
         if report != self._ticks.reported:
             self._ticks.reported = report
             self._link.publish(self._topics.report(self._name), report.to_bytes(), qos=1, retain=True)
+
+
+def _home_link(config: AgentConfig) -> "HomeLink | None":
+    """The connection to the home's MQTT server, if the config wants one. Raises OSError."""
+    home = config.home_assistant
+    if home is None:
+        return None
+    # Imported where it is wanted: most agents have no memory to spare for it.
+    from meter_agent.home_link import HomeLink
+    from meter_agent.home_messages import HomeTopics
+
+    topics = HomeTopics(home.topic, home.discovery_prefix, config.name)
+    return HomeLink(home.mqtt or config.mqtt, topics, home.discovery, home.period_s)
 
 
 def _rules(meter: MeterConfig, interval_s: int) -> MeterRules:
