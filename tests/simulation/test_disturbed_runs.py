@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from simulation import audit
-from simulation.plans import PAIR, RETAILER
+from simulation.plans import PAIR, RETAILER, TRIO
 from simulation.simulated_mqtt import Faults, Message
 from simulation.world import GATE_1_S, GATE_2_S, INTERVAL_S, T0, Books, World
 
@@ -43,6 +43,14 @@ def test_brokers_killed_at_random_moments_change_nothing(seed: int, folder: Path
     books = world.run()
     audit.check(world, books)
     assert books == undisturbed
+
+
+@pytest.mark.parametrize("seed", range(200 if FULL else 6))
+def test_three_brokers_stay_consistent_whatever_happens(seed: int, folder: Path) -> None:
+    """Who of two is served first may depend on whose order arrives first; not that nothing is lost."""
+    world = World(TRIO, folder, seed, faults=Faults(lost=20, doubled=20, reordered=20), kills=10, disconnects=4)
+    books = world.run()
+    audit.check(world, books)
 
 
 @pytest.mark.parametrize("moment", range(1, 1_300, 1 if FULL else 60))

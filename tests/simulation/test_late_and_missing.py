@@ -3,8 +3,10 @@
 from dataclasses import replace
 from pathlib import Path
 
+from broker.market.contracts import ShortageChoice, make_contract
 from broker.protocol.messages import DeliveryState, ReceiptStatus
 from broker.protocol.sources import Source
+from broker.service.registration import change_contract
 from broker.service.store import BrokerStore
 from simulation import audit
 from simulation.plans import PAIR, RETAILER, TRIO
@@ -144,3 +146,31 @@ def test_who_gave_all_that_was_asked_is_asked_again(folder: Path) -> None:
     audit.check(world, books)
     assert not any(books.unmatched_wh.values())
     assert books.kept_wh == {("east", T0, "wind"): 100}
+
+
+def test_a_contract_that_changes_during_the_run_counts_from_its_start(folder: Path) -> None:
+    plan = Plan(
+        ("east",),
+        "east",
+        (ConsumerPlan("anna", "east", (("solar", 100),), (100, 100, 100, 100)),),
+        (
+            DevicePlan("mill", "ola", "east", Source.WIND, (500, 500, 500, 500)),
+            DevicePlan("roof", "ola", "east", Source.SOLAR, (500, 500, 500, 500)),
+        ),
+    )
+    world = World(plan, folder)
+    world.run(T0 + INTERVAL_S + 60)
+    changed = make_contract(
+        T0 + 2 * INTERVAL_S, [("wind", 500_000), ("solar", 500_000)], ShortageChoice.ANY, area="home"
+    )
+    store = BrokerStore(world.brokers["east"].config.database)
+    change_contract(store, world.genesis, "anna", changed)
+    store.close()
+    books = world.run()
+    audit.check(world, books)
+    by_interval = [
+        {source: wh for (_, start_s, source), wh in books.delivered_wh.items() if start_s == T0 + index * INTERVAL_S}
+        for index in range(4)
+    ]
+    # A fresh start: 100 Wh of wind at once would be owed if the first two intervals counted.
+    assert by_interval == [{"solar": 100}, {"solar": 100}, {"solar": 50, "wind": 50}, {"solar": 50, "wind": 50}]
