@@ -16,7 +16,7 @@ from enum import Enum, auto
 from broker.ledger.chain import genesis_hash, validators_of
 from broker.ledger.engine import BUSY
 from broker.ledger.holding import Holding, decode_holding
-from broker.ledger.limits import MAX_EARLY_BLOCKS, MAX_PENDING_BATCHES, RESEND_AFTER_S
+from broker.ledger.limits import MAX_EARLY_BLOCKS, MAX_PENDING_BATCHES, RESEND_AFTER_S, RESEND_TO_NEW_NODE_S
 from broker.ledger.operations import Operation, OperationCode, decode_operation, operation_code
 from broker.protocol import envelope
 from broker.protocol.errors import MalformedMessage, ProtocolError
@@ -164,6 +164,7 @@ class LedgerClient:
         self._resumes = resume is not None
         self._awaited: HoldingsLoaded | None = None
         self._known_height = 0
+        self._node_came_up = False
         self._asked: _Asked | None = None
         self._phase = _Phase.LOADING if load_holdings else _Phase.FOLLOWING
         if load_holdings:
@@ -231,12 +232,14 @@ class LedgerClient:
         `now_s` is any monotonic clock in seconds.
         """
         outgoing = []
+        resend_after_s = RESEND_TO_NEW_NODE_S if self._node_came_up else RESEND_AFTER_S
+        self._node_came_up = False
         for pending in self._pending.values():
-            if pending.sent_s is None or now_s - pending.sent_s >= RESEND_AFTER_S:
+            if pending.sent_s is None or now_s - pending.sent_s >= resend_after_s:
                 pending.sent_s = now_s
                 outgoing.append(pending.raw)
         asked = self._asked
-        if asked is not None and (asked.sent_s is None or now_s - asked.sent_s >= RESEND_AFTER_S):
+        if asked is not None and (asked.sent_s is None or now_s - asked.sent_s >= resend_after_s):
             asked.sent_s = now_s
             outgoing.append(envelope.seal(asked.query, self._key, self._ledger, self._party))
         return outgoing
@@ -295,6 +298,8 @@ class LedgerClient:
             if checkpoint.block_id != self._block_id:
                 self._stop(checkpoint.height, "a signed checkpoint names another block than the one followed here")
             return
+        # While loading, silence may mean that the node was not there yet when it was asked.
+        self._node_came_up = self._phase in (_Phase.LOADING, _Phase.ANCHORING)
         self._learn_height(checkpoint.height)
 
     def _learn_height(self, height: int) -> None:

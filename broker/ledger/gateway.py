@@ -92,7 +92,8 @@ class Gateway:
 
     def _checkpoint(self) -> Outgoing:
         topic = self._topics.ledger_checkpoint(self._engine.ledger)
-        return Outgoing(topic, self._engine.checkpoint(), 1, True)
+        # QoS 0: the next one says more, and a new connection is told the last.
+        return Outgoing(topic, self._engine.checkpoint(), 0, True)
 
     def _page(self, client: str, query: Query) -> Outgoing:
         if query.kind is QueryKind.BLOCKS:

@@ -43,3 +43,6 @@ RESEND_AFTER_S: Final = 2.0
 
 MAX_INTRODUCTION_BYTES: Final = 4_096
 """A broker's first batch, with its own registration inside. It is decoded before anybody is known to have signed it."""
+
+RESEND_TO_NEW_NODE_S: Final = 0.2
+"""The same where a checkpoint shows that a node has come up which may have missed what was sent before."""

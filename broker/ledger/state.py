@@ -10,6 +10,7 @@ then lie together on disk.
 """
 
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from hashlib import sha256
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -205,6 +206,17 @@ def asset_key(asset: AssetId) -> Key:
     return (ASSET, asset.start_s, asset.device, int(asset.carrier), asset.revision)
 
 
+def encode_key(key: Key) -> bytes:
+    """The bytes of a key: the CBOR array of its items."""
+    return _key_head(key[:-1]) + cbor.encode(key[-1])
+
+
+@lru_cache(maxsize=4_096)
+def _key_head(items: Key) -> bytes:
+    # Thousands of keys in a row differ in the last item only, so the bytes of the others are remembered.
+    return bytes((0x80 + len(items) + 1,)) + cbor.encode(items)[1:]
+
+
 def encode_row(row: Row | None) -> bytes:
     """The bytes of a row, ABSENT for None."""
     return ABSENT if row is None else cbor.encode(row)
@@ -303,7 +315,7 @@ def changes_of(overlay: Overlay, base: State) -> list[tuple[bytes, bytes, bytes]
         old = ABSENT if key in created else encode_row(base.get(key))
         new = encode_row(row)
         if old != new:
-            changes.append((cbor.encode(key), old, new))
+            changes.append((encode_key(key), old, new))
     changes.sort()
     return changes
 

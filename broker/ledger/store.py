@@ -12,8 +12,7 @@ from typing import Any, Final
 
 from broker.ledger.chain import Head
 from broker.ledger.limits import CACHED_ROWS
-from broker.ledger.state import SLICE, Key, Row, decode_key, decode_row, scan_bounds
-from broker.protocol import cbor
+from broker.ledger.state import SLICE, Key, Row, decode_key, decode_row, encode_key, scan_bounds
 
 FILE_NAME: Final = "ledger.sqlite3"
 LOCK_NAME: Final = "ledger.lock"
@@ -82,7 +81,7 @@ class Store:
         if key in self._old:
             row = self._old[key]
         else:
-            found = self._db.execute("SELECT value FROM state WHERE key = ?", (cbor.encode(key),)).fetchone()
+            found = self._db.execute("SELECT value FROM state WHERE key = ?", (encode_key(key),)).fetchone()
             row = None if found is None else decode_row(key[0], found[0])
         self._remember(key, row)
         return row
@@ -96,7 +95,7 @@ class Store:
 
     def prefetch(self, keys: list[Key]) -> None:
         """Read rows into the cache in one go, absent ones too. One statement costs a fifth of so many single reads."""
-        wanted = {cbor.encode(key): key for key in keys if key not in self._young and key not in self._old}
+        wanted = {encode_key(key): key for key in keys if key not in self._young and key not in self._old}
         encoded = sorted(wanted)
         for start in range(0, len(encoded), _KEYS_PER_READ):
             part = encoded[start : start + _KEYS_PER_READ]

@@ -208,15 +208,17 @@ class BrokerService:
         outputs: list[Publication] = []
         self._broker.outputs.hand_over(outputs.append, self._unsent.append, LOG.warning)
         submissions = self._submissions(now_s)
-        if outputs or answers or submissions:
-            # Before anything that this work causes can reach others: docs/architecture.md, simulated time.
+        if submissions or not self._broker.idle:
+            # Before anything that this work causes can reach others: docs/architecture.md, simulated time. A turn that
+            # leaves nothing open has only answered those who are still at work themselves.
             self._publish_busy()
         self._feed_ledger(submissions, answers)
         self._publish(outputs, answers)
         for message in incoming:
             self._link.acknowledge(message)
         self._busy = self._client.has_events
-        self._publish_report()
+        if not self._busy:
+            self._publish_report()
         if now_s >= self._next_status_s:
             self._publish_status(online=True)
         self._link.flush()
@@ -354,8 +356,7 @@ class BrokerService:
         """Tell the conductor where this broker stands, if it has changed."""
         if self._tick is None:
             return
-        idle = self._broker.idle and not self._busy and not self._unsent
-        self._send_report(idle=idle)
+        self._send_report(idle=self._broker.idle and not self._unsent)
 
     def _send_report(self, *, idle: bool) -> None:
         tick = self._tick
@@ -363,7 +364,8 @@ class BrokerService:
             return
         report = Report(self._name, tick.time_s, tick.stage, idle, self._broker.next_wake_s(), self._client.height)
         if report != self._report and self._link.connected:
-            self._link.publish(self._topics.report(self._name), report.to_bytes(), retain=True)
+            # QoS 0: the conductor asks again each second.
+            self._link.publish(self._topics.report(self._name), report.to_bytes(), qos=0, retain=True)
             self._report = report
 
     # Status

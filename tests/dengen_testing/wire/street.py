@@ -180,7 +180,7 @@ class _Follower:
             idle=True,
             next_wake_s=self._street.next_change_s(tick.time_s),
         )
-        self._link.publish(self._topics.report(self._participant), report.to_bytes(), retain=True)
+        self._link.publish(self._topics.report(self._participant), report.to_bytes(), qos=0, retain=True)
         self._link.flush()
 
     def _lookup(self, key_id: bytes) -> Signer | None:
