@@ -53,7 +53,27 @@ class P1Config:
     timeout_s: Annotated[float, Between(0.05, 60)] = 15.0
 
 
-ReaderConfig: TypeAlias = ModbusTcpConfig | ModbusRtuConfig | P1Config
+@dataclass(frozen=True, slots=True)
+class DlmsConfig:
+    """A HAN port into which Aidon, Kaifa and Kamstrup meters push DLMS lists over HDLC.
+
+    Some send their counters once an hour only, which `timeout_s` allows for; a list of any kind must come every
+    `silence_s`. `energy_step_wh` is for meters that send no unit (Kamstrup). The key files hold 32 hex digits, as the
+    utility gives them out for a port that is encrypted.
+    """
+
+    protocol: Literal["dlms"]
+    port: Path
+    baud: Annotated[int, Between(300, 921_600)] = 2_400
+    parity: Literal["N", "E", "O"] = "E"
+    energy_step_wh: Literal[1, 10] | None = None
+    encryption_key_file: Path | None = None
+    authentication_key_file: Path | None = None
+    timeout_s: Annotated[float, Between(0.05, 86_400)] = 3_720.0
+    silence_s: Annotated[float, Between(0.05, 3_600)] = 60.0
+
+
+ReaderConfig: TypeAlias = ModbusTcpConfig | ModbusRtuConfig | P1Config | DlmsConfig
 
 
 @dataclass(frozen=True, slots=True)

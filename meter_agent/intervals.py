@@ -197,7 +197,12 @@ def next_boundary_s(time_s: float, interval_s: int) -> int:
 
 
 def retimed(sample: Sample, monotonic_s: float, time_s: float) -> Sample:
-    """The sample with the calendar time that it must have had, given what monotonic and calendar time are now."""
+    """The sample with the calendar time that it must have had, given what monotonic and calendar time are now.
+
+    A time that the meter noted itself does not depend on the agent's clock.
+    """
+    if sample.own_time:
+        return sample
     return replace(sample, time_s=time_s - (monotonic_s - sample.monotonic_s))
 
 

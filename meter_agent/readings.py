@@ -15,6 +15,9 @@ class Sample:
     registers are exact integers in milli-watt-hours; None is a register that this meter does not have. `power_w` is the
     momentary power, import positive, and takes no part in the accounting. The rollovers are the mWh at which a register
     starts again at 0, None if that is not known.
+
+    With `own_time` the times are the meter's: it noted the registers at a full half hour, and is asked later. Its
+    monotonic time then runs with its calendar, so that a step of the agent's clock does not move what it noted.
     """
 
     monotonic_s: float
@@ -25,6 +28,7 @@ class Sample:
     serial_number: str | None = None
     import_rollover_mwh: int | None = None
     export_rollover_mwh: int | None = None
+    own_time: bool = False
 
 
 class ReadFailure(Exception):

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from firmware_config.loader import WrongValue
-from meter_agent.config import NamedMeter, P1Config
+from meter_agent.config import DlmsConfig, NamedMeter, P1Config
 from meter_agent.readings import Clock, MeterReader
 
 if TYPE_CHECKING:
@@ -36,6 +36,10 @@ def create_readers(meters: Iterable[NamedMeter], clock: Clock) -> dict[str, Mete
             if str(config.port) in serial_lines:
                 raise WrongValue(f"meters.{meter.name}.reader.port", "a port of its own, for a P1 meter")
             readers[meter.name] = create_p1_reader(meter.name, config, clock)
+        elif isinstance(config, DlmsConfig):
+            from meter_agent.readers.dlms import create_dlms_reader
+
+            readers[meter.name] = create_dlms_reader(meter.name, config, clock)
         else:
             from meter_agent.readers.modbus import create_modbus_reader
 

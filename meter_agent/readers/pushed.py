@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Generic, Protocol, TypeVar
+from typing import Final, Generic, Literal, Protocol, TypeVar
 
 import serial
 
@@ -49,12 +49,18 @@ class Framer(Protocol[FramedT]):
 
 @dataclass(frozen=True, slots=True)
 class PushedProtocol(Generic[T]):
-    """A framing: `parse` raises MalformedTelegram. `advice` is what the operator can do where nothing comes."""
+    """A framing: `parse` raises MalformedTelegram. `advice` is what the operator can do where nothing comes.
+
+    Some meters send their counters only once an hour, and every few seconds a telegram without: for those `parse`
+    returns None. If not even such a one comes within `silence_s`, waiting for counters is given up.
+    """
 
     name: str
     make_framer: Callable[[], Framer[T]]
-    parse: Callable[[T], TelegramReading]
+    parse: Callable[[T], TelegramReading | None]
     advice: str
+    silence_s: float | None = None
+    parity: Literal["N", "E", "O"] = "N"
 
 
 class PushedReader(Generic[T]):
@@ -82,7 +88,8 @@ class PushedReader(Generic[T]):
     def sample(self) -> Sample:
         """The newest telegram since the last call, or the next. Raises ReadFailure after the time limit without one."""
         if self._port is None:
-            self._port = _Port(open_port(self._meter, self._path, self._baud), self._protocol, self._monotonic_s)
+            handle = open_port(self._meter, self._path, self._baud, self._protocol.parity)
+            self._port = _Port(handle, self._protocol, self._monotonic_s)
         received = self._port.newest(self._timeout_s)
         if isinstance(received, str):
             if self._port.failed:
@@ -123,6 +130,7 @@ class _Port(Generic[T]):
         self._framer = protocol.make_framer()
         self._changed = threading.Condition()
         self._newest: tuple[TelegramReading, float] | None = None
+        self._heard_s = monotonic_s()
         self._failure: str | None = None
         self._malformed: str | None = None
         self._wake_reader, self._wake_writer = os.pipe()
@@ -138,7 +146,18 @@ class _Port(Generic[T]):
         """The newest reading not yet given out and when it arrived, waiting for one; or why there is none."""
         with self._changed:
             self._drain()
-            self._changed.wait_for(lambda: self._newest is not None or self.failed, timeout_s)
+            started_s = self._monotonic_s()
+            while self._newest is None and not self.failed:
+                limit_s, since_s = timeout_s, started_s
+                if (
+                    self._protocol.silence_s is not None
+                    and self._heard_s + self._protocol.silence_s < since_s + limit_s
+                ):
+                    limit_s, since_s = self._protocol.silence_s, max(self._heard_s, started_s)
+                left_s = since_s + limit_s - self._monotonic_s()
+                if left_s <= 0:
+                    return self._why_nothing(limit_s)
+                self._changed.wait(left_s)
             if self._newest is not None:
                 newest, self._newest = self._newest, None
                 return newest
@@ -183,7 +202,9 @@ class _Port(Generic[T]):
             except MalformedTelegram as error:
                 self._malformed = error.reason
                 continue
-            self._newest = (reading, self._monotonic_s())
+            self._heard_s = self._monotonic_s()
+            if reading is not None:
+                self._newest = (reading, self._heard_s)
             self._changed.notify_all()
 
     def _why_nothing(self, timeout_s: float) -> str:
