@@ -106,7 +106,8 @@ class _Shelf:
         while energy_wh:
             asset, from_wh = self.order[0]
             slices = self.by_asset.get(asset, [])
-            at = bisect_left(slices, from_wh, key=_from_wh)
+            # Nearly always the asset is used from its first Wh on, and the next slice is its first.
+            at = 0 if slices and slices[0].from_wh == from_wh else bisect_left(slices, from_wh, key=_from_wh)
             if at == len(slices) or slices[at].from_wh != from_wh:
                 heapq.heappop(self.order)
             elif slices[at].energy_wh > energy_wh:

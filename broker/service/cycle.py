@@ -454,20 +454,22 @@ def delivery_message(
     row: MessageRow, taken: Iterable[Taken], state: DeliveryState, calendar: MarketCalendar
 ) -> Delivery:
     """The message for a meter: its lines, equal ones added up."""
-    totals: dict[tuple[int, Source], int] = {}
-    for item in taken:
-        key = (item.line, item.source)
-        totals[key] = totals.get(key, 0) + item.energy_wh
-    lines = tuple([DeliveredLine(line, source, energy_wh) for (line, source), energy_wh in sorted(totals.items())])
+    lines: list[DeliveredLine] = []
+    delivered_wh = 0
+    for line, source, energy_wh in sorted(taken):
+        delivered_wh += energy_wh
+        if lines and lines[-1][:2] == (line, source):
+            energy_wh += lines.pop().energy_wh
+        lines.append(DeliveredLine(line, source, energy_wh))
     return Delivery(
         row.meter,
         row.start_s,
         row.start_s + calendar.interval_s,
         row.revision,
         row.energy_wh,
-        row.energy_wh - sum(totals.values()),
+        row.energy_wh - delivered_wh,
         state,
-        lines,
+        tuple(lines),
     )
 
 
