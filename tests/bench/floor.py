@@ -1,9 +1,10 @@
 """The bare loop that the hot path is held against: what no broker can do without.
 
 For each demand one receive with acknowledgement, one signature check, one row in a group commit (WAL,
-`synchronous=FULL`, as the broker's store), one signed receipt at QoS 0. The receipt names the interval and the row is
-found by it, so the payload is decoded. The same MQTT shell, envelope, keys and demands as the broker; no market, no
-ledger, no registry.
+`synchronous=FULL`, as the broker's store), one signed receipt at QoS 0. The receipt has all the fields that the
+protocol asks for (constants where the broker's pseudonym, commitment and contract come in) and names the interval, by
+which the row is found as well, so the payload is decoded. The same MQTT shell, envelope, keys and demands as the
+broker; no market, no ledger, no registry.
 """
 
 import signal
@@ -16,11 +17,20 @@ from typing import Final
 from bench.world import BROKER, LEDGER, meter_key, meter_name
 from broker.protocol.envelope import Signer, open_envelope, seal
 from broker.protocol.keys import load_private_key
-from broker.protocol.messages import Demand, MessageType, Receipt, ReceiptStatus
+from broker.protocol.messages import (
+    HASH_BYTES,
+    PSEUDONYM_BYTES,
+    Demand,
+    MessageType,
+    Receipt,
+    ReceiptStatus,
+)
 from broker.protocol.mqtt_link import MqttConfig, MqttLink
 from broker.protocol.topics import Topics
 
 ROOT: Final = "floor/v1"
+_PSEUDONYM: Final = bytes(PSEUDONYM_BYTES)
+_HASH: Final = bytes(HASH_BYTES)
 
 
 def main() -> None:
@@ -61,7 +71,8 @@ def main() -> None:
                 "INSERT INTO demand VALUES (?, ?, ?, ?)", (demand.start_s, demand.meter, identity, opened.raw)
             )
             receipt = Receipt(
-                demand.meter, MessageType.DEMAND, demand.start_s, demand.revision, ReceiptStatus.ACCEPTED, identity
+                *(demand.meter, MessageType.DEMAND, demand.start_s, demand.revision, ReceiptStatus.ACCEPTED, identity),
+                *(None, _PSEUDONYM, _HASH, _HASH, demand.end_s),
             )
             receipts.append((topics.meter(BROKER, demand.meter, "receipt"), seal(receipt, key, LEDGER, BROKER)))
         database.execute("COMMIT")

@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def _hot_path(folder: Path) -> Figures:
-    return {"hot_path": hot_path(folder, consumers=5_000, rounds=5)}
+    return {"hot_path": hot_path(folder, consumers=2_000, rounds=15)}
 
 
 def _growth(folder: Path) -> Figures:
