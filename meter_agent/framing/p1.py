@@ -19,7 +19,7 @@ from meter_agent.framing.telegram import (
     MalformedTelegram,
     TelegramReading,
     counter_codes,
-    energy_mwh,
+    counter_sum,
     power_mw,
     whole_watts,
 )
@@ -171,14 +171,10 @@ def _objects(telegram: Telegram) -> dict[str, str]:
 def _energy(objects: dict[str, str], group: str, checked: bool) -> tuple[int | None, int | None]:
     """The counter of a direction and its rollover, both in mWh; None where there is none."""
     codes = counter_codes(objects, f"1-0:{group}")
-    if not codes:
-        return None, None
     tariffs = (f"1-0:{group}.1", f"1-0:{group}.2")
-    if not checked and codes[0] != f"1-0:{group}.0" and codes[:2] != tariffs:
+    if not checked and codes and codes[0] != f"1-0:{group}.0" and codes[:2] != tariffs:
         raise MalformedTelegram(f"{tariffs[0]} and {tariffs[1]} are not both there")
-    counters = [energy_mwh(code, _inside(objects[code])) for code in codes]
-    rollovers_mwh = {rollover_mwh for _, rollover_mwh in counters}
-    return sum(counter_mwh for counter_mwh, _ in counters), rollovers_mwh.pop() if len(rollovers_mwh) == 1 else None
+    return counter_sum(codes, lambda code: _inside(objects[code]))
 
 
 def _power(objects: dict[str, str]) -> int | None:

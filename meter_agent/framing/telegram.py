@@ -6,7 +6,7 @@ delivered, 15.7.0 their sum without a sign.
 """
 
 import re
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Final
 
@@ -52,6 +52,10 @@ class ObisChoice:
     power: str | None = None
 
 
+AS_SENT: Final = ObisChoice()
+"""Nothing chosen: totals where a meter sends them, else its tariffs."""
+
+
 def counter_codes(present: Container[str], group: str, chosen: tuple[str, ...] = ()) -> tuple[str, ...]:
     """The codes to add up for a counter: those chosen, else `group.0` if sent, else the tariffs that are sent.
 
@@ -66,6 +70,34 @@ def counter_codes(present: Container[str], group: str, chosen: tuple[str, ...] =
         return (f"{group}.0",)
     tariffs = (f"{group}.{tariff}" for tariff in range(1, MAX_TARIFFS + 1))
     return tuple(code for code in tariffs if code in present)
+
+
+def power_codes(present: Container[str], chosen: str | None = None) -> tuple[str, ...]:
+    """The codes that make the power: the one chosen, else 16.7.0, else 1.7.0 less 2.7.0, else 15.7.0 (without sign).
+
+    Empty if there is none. Raises MalformedTelegram where the chosen one is missing.
+    """
+    if chosen is not None:
+        if chosen not in present:
+            raise MalformedTelegram(f"it has no {chosen}, which the config names")
+        return (chosen,)
+    for codes in (("16.7.0",), ("1.7.0", "2.7.0"), ("15.7.0",)):
+        sent = tuple(code for code in codes if code in present)
+        if sent:
+            return sent
+    return ()
+
+
+def counter_sum(codes: tuple[str, ...], text: Callable[[str], str]) -> tuple[int | None, int | None]:
+    """The counter that these codes make and its rollover, both in mWh; None where there is none.
+
+    `text` gives the value of a code as `energy_mwh` reads it. Raises MalformedTelegram.
+    """
+    if not codes:
+        return None, None
+    counters = [energy_mwh(code, text(code)) for code in codes]
+    rollovers_mwh = {rollover_mwh for _, rollover_mwh in counters}
+    return sum(counter_mwh for counter_mwh, _ in counters), rollovers_mwh.pop() if len(rollovers_mwh) == 1 else None
 
 
 def energy_mwh(code: str, text: str) -> tuple[int, int]:
