@@ -23,6 +23,8 @@ T = TypeVar("T")
 MAX_CONFIG_BYTES: Final = 4_194_304
 """A config with ten thousand consumers is about 2 MB; anything larger is not a config."""
 
+_PIECE_BYTES: Final = 65_536
+
 
 class ConfigError(Exception):
     """A config that cannot be used: `file` and dotted `key` (empty for the file itself) say where, `expected` what."""
@@ -71,8 +73,11 @@ class OneName:
 def load_config(path: Path, cls: type[T]) -> T:
     """Read the TOML file `path` as the dataclass `cls`. Raises ConfigError."""
     try:
+        raw = bytearray()
         with path.open("rb") as file:
-            raw = file.read(MAX_CONFIG_BYTES + 1)
+            # In pieces, because Python reserves as much as it is told to read, and an agent has little.
+            while len(raw) <= MAX_CONFIG_BYTES and (piece := file.read(_PIECE_BYTES)):
+                raw += piece
     except OSError as error:
         raise ConfigError(path, "", f"a readable file ({error.strerror})") from error
     if len(raw) > MAX_CONFIG_BYTES:

@@ -32,7 +32,6 @@ from meter_agent.clock import AgentClock, ConductorClock
 from meter_agent.config import AgentConfig, AgentSettings, MeterConfig
 from meter_agent.intervals import MeterRules, MeterState, SealedInterval, advance, next_boundary_s, retimed
 from meter_agent.journal import Journal, OutboxRow
-from meter_agent.memory import give_back
 from meter_agent.outbox import CONDUCTOR_PACE, MAX_UNDER_WAY, SYSTEM_PACE, Outbox, OutboxState, Pace, WaitingMessage
 from meter_agent.readings import MeterReader, ReadFailure, Sample
 from meter_agent.shown import sample_json
@@ -351,7 +350,6 @@ class Agent:
     def _watch_link(self) -> None:
         if self._link.connected and not self._link_was_up:
             self._logged_failure = ""
-            give_back()
             log.info("connected to the MQTT server")
         elif not self._link.connected and self._link.last_failure != self._logged_failure:
             self._logged_failure = self._link.last_failure

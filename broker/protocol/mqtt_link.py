@@ -24,14 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import paho.mqtt.client as paho
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
-from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
-from paho.mqtt.subscribeoptions import SubscribeOptions
-
+from broker.protocol.lean_import import left_out
 from broker.protocol.limits import MAX_BLOCK_BYTES
 from broker.protocol.topics import DEFAULT_ROOT
+
+with left_out("urllib.request", unless_installed="socks"):
+    import paho.mqtt.client as paho
+    from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
+    from paho.mqtt.packettypes import PacketTypes
+    from paho.mqtt.properties import Properties
+    from paho.mqtt.subscribeoptions import SubscribeOptions
 
 FIRST_BACK_OFF_S: Final = 0.2
 LONGEST_BACK_OFF_S: Final = 30.0
