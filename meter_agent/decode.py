@@ -15,6 +15,9 @@ SCALE_FACTOR_NOT_IMPLEMENTED: Final = 0x8000
 MAX_SCALE_EXPONENT: Final = 10
 """SunSpec allows scale factors from -10 to 10."""
 
+LEAST_SHARE_OF_A_MWH: Final = 1_000_000
+"""No counter counts in less than a millionth of a mWh. An integer taken for a float reads as about 10^-38."""
+
 _FLOAT_LAYOUT: Final = {"f32": (8, 23, 9), "f64": (11, 52, 17)}
 """Bits of exponent and mantissa, and the decimal digits that are always enough to name one value."""
 
@@ -30,11 +33,14 @@ class UnusableValue(Exception):
 def energy_mwh(register: Register, words: tuple[int, ...], scale_exponent: int = 0) -> int:
     """The cumulative energy in `words` (as received, 16 bits each) in mWh, rounded down.
 
-    `scale_exponent` is the power of ten from a SunSpec scale factor. Raises UnusableValue, also for energy below zero.
+    `scale_exponent` is the power of ten from a SunSpec scale factor. Raises UnusableValue, also for energy below zero,
+    and for a floating-point number so small that the registers must hold an integer.
     """
     numerator, denominator = _scaled(register, words, scale_exponent, MWH_PER_UNIT[register.unit])
     if numerator < 0:
         raise UnusableValue(f"the counter is negative ({_hex(words)})")
+    if 0 < numerator * LEAST_SHARE_OF_A_MWH < denominator:
+        raise UnusableValue(f"{_hex(words)} is no floating-point counter; is the meter set to send integers?")
     return numerator // denominator
 
 
@@ -64,14 +70,14 @@ def scale_exponent(word: int) -> int:
 
 
 def serial_number(serial: SerialNumber, words: tuple[int, ...]) -> str:
-    """The serial number in `words`: a decimal number, or text up to the first NUL. Raises UnusableValue."""
+    """The serial number in `words`: a decimal number, hex digits, or text up to the first NUL. Raises UnusableValue."""
     return _number_or_text(serial, words, "serial number")
 
 
 def model(identity: Identity, words: tuple[int, ...]) -> str | None:
     """The model that the meter says it is, None if the profile does not know its answer. Raises UnusableValue."""
     answer = _number_or_text(identity, words, "identity")
-    if identity.type == "number":
+    if identity.type != "text":
         return identity.values.get(answer)
     # The longest first, so that "B23" does not hide "B23 112".
     for start in sorted(identity.values, key=len, reverse=True):
@@ -124,12 +130,15 @@ def shortest_decimal(bits: int, kind: Literal["f32", "f64"]) -> tuple[int, int]:
 def _number_or_text(place: SerialNumber | Identity, words: tuple[int, ...], what: str) -> str:
     if len(words) != place.count:
         raise UnusableValue(f"{len(words)} registers, expected {place.count}")
-    if place.type != "text":
+    if place.type == "number" or place.type == "hex":
         number = _joined(words)
         if number in (0, (1 << (16 * place.count)) - 1):
             raise UnusableValue(f"no {what} is set ({_hex(words)})")
-        return str(number)
-    raw = b"".join(word.to_bytes(2, "big") for word in words)
+        return str(number) if place.type == "number" else f"{number:0{4 * place.count}X}"
+    if place.type == "text":
+        raw = b"".join(word.to_bytes(2, "big") for word in words)
+    else:
+        raw = bytes(word & 0xFF for word in words)
     text = raw.split(b"\0", 1)[0].decode("ascii", errors="replace").strip()
     if not text or not text.isprintable() or "\ufffd" in text:
         raise UnusableValue(f"no printable {what} ({raw.hex()})")

@@ -41,10 +41,11 @@ class Register:
 
     `address` is the protocol address from 0, in a SunSpec model the offset from the model's ID register. The value is
     raw × multiply / divide in `unit`, and, if `scale_factor` is given, × 10^(the s16 at that offset of the same model).
-    `word_order` big means that the most significant register comes first; `byte_order` is the order inside a register.
-    `sentinels` are raw values that mean "not available", in hex digits of the full width, most significant first.
-    `negate` turns a power that counts export as positive into one that counts import as positive. `rollover` is the raw
-    count at which the counter starts again at 0, if its maker says so.
+    `plus` are the addresses of further registers of the same kind that are added to it: tariffs, phases. `word_order`
+    big means that the most significant register comes first; `byte_order` is the order inside a register. `sentinels`
+    are raw values that mean "not available", in hex digits of the full width, most significant first. `negate` turns a
+    power that counts export as positive into one that counts import as positive. `rollover` is the raw count at which
+    the counter starts again at 0, if its maker says so.
     """
 
     address: Annotated[int, Between(0, 0xFFFF)]
@@ -52,6 +53,7 @@ class Register:
     unit: Literal["Wh", "kWh", "W", "kW"]
     multiply: Annotated[int, Between(1, 1_000_000_000)] = 1
     divide: Annotated[int, Between(1, 1_000_000_000)] = 1
+    plus: tuple[Annotated[int, Between(0, 0xFFFF)], ...] = ()
     scale_factor: Annotated[int, Between(2, 0xFFFF)] | None = None
     word_order: Literal["big", "little"] = "big"
     byte_order: Literal["big", "little"] = "big"
@@ -69,17 +71,27 @@ class Register:
                 raise WrongValue("sentinels", f"{digits} hex digits for a {self.type}, got {text!r}")
             bits.append(int(compact, 16))
         object.__setattr__(self, "sentinel_bits", frozenset(bits))
+        if self.plus and self.rollover is not None:
+            # The sum drops by one part's rollover when that part rolls over, at no count of its own.
+            raise WrongValue("rollover", "no rollover beside `plus`")
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the parts of the value stand: `address` and `plus`."""
+        return (self.address, *self.plus)
 
 
 @dataclass(frozen=True, slots=True)
 class SerialNumber:
-    """Where the serial number stands; `count` registers, a number or ASCII text. It tells a meter swap from a reset.
+    """Where the serial number stands; `count` registers. It tells a meter swap from a reset.
 
+    It is a number, hex digits (of meters that print them so, as a rule decimal digits in BCD), ASCII text, or
+    characters: one ASCII character a register, in its low byte.
     In a SunSpec profile `address` is the offset from the ID register of the common model (model 1).
     """
 
     address: Annotated[int, Between(0, 0xFFFF)]
-    type: Literal["number", "text"]
+    type: Literal["number", "hex", "text", "characters"]
     count: Annotated[int, Between(1, 32)]
     function_code: Literal[3, 4]
 
@@ -88,12 +100,13 @@ class SerialNumber:
 class Identity:
     """Where the meter says what it is, and which answers mean that this profile fits.
 
-    `count` registers, a number or ASCII text. `values` maps each answer to the model that gives it: the number in
-    decimal digits, or what the text starts with. A meter that answers something else may still have the same registers.
+    `count` registers, written as a number, hex digits or ASCII text. `values` maps each answer to the model that gives
+    it: the number in decimal digits, the hex digits, or what the text starts with. A meter that answers something else
+    may still have the same registers.
     """
 
     address: Annotated[int, Between(0, 0xFFFF)]
-    type: Literal["number", "text"]
+    type: Literal["number", "hex", "text"]
     count: Annotated[int, Between(1, 32)]
     function_code: Literal[3, 4]
     values: dict[str, str]
@@ -104,6 +117,8 @@ class Identity:
         for value in self.values:
             if self.type == "number" and not (value.isascii() and value.isdigit()):
                 raise WrongValue(f"values.{value}", "decimal digits, since the type is number")
+            if self.type == "hex" and (len(value) != 4 * self.count or not set(value) <= set("0123456789ABCDEF")):
+                raise WrongValue(f"values.{value}", f"{4 * self.count} hex digits in capitals, since the type is hex")
             if not value:
                 raise WrongValue("values", "answers that are not empty")
 

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import ClassVar, Final, Literal, TypeAlias
 
@@ -329,7 +330,8 @@ class ModbusReader:
         kept = {
             quantity: register
             for quantity, register in layout.registers.items()
-            if quantity == self._billed or not refused.contains(_span(0, register, self._profile.function_code))
+            if quantity == self._billed
+            or not any(refused.contains(span) for span in _spans(0, register, self._profile.function_code))
         }
         return _layout(self._profile, kept) if len(kept) < len(layout.registers) else None
 
@@ -343,13 +345,13 @@ class ModbusReader:
         values: dict[Quantity, int] = {}
         rollovers_mwh: dict[Quantity, int | None] = {}
         for quantity, register in layout.registers.items():
-            words = _cut(replies, _span(layout.base, register, self._profile.function_code))
+            parts = [_cut(replies, span) for span in _spans(layout.base, register, self._profile.function_code)]
             try:
                 exponent = self._scale_exponent(layout, register, replies)
                 if quantity == "power":
-                    values[quantity] = decode.power_w(register, words, exponent)
+                    values[quantity] = sum(decode.power_w(register, words, exponent) for words in parts)
                 else:
-                    values[quantity] = decode.energy_mwh(register, words, exponent)
+                    values[quantity] = sum(decode.energy_mwh(register, words, exponent) for words in parts)
                     rollovers_mwh[quantity] = decode.rollover_mwh(register, exponent)
             except decode.UnusableValue:
                 if quantity == self._billed:
@@ -513,14 +515,14 @@ def _refuse_floods(sending: bool, data: bytes) -> bytes:
     return data
 
 
-def _span(base: int, register: Register, function_code: int) -> Span:
-    return Span(function_code, base + register.address, words_in(register.type))
+def _spans(base: int, register: Register, function_code: int) -> tuple[Span, ...]:
+    return tuple(Span(function_code, base + address, words_in(register.type)) for address in register.addresses)
 
 
 def _layout(profile: MeterProfile, registers: dict[Quantity, Register]) -> _Layout:
-    spans = {quantity: _span(0, register, profile.function_code) for quantity, register in registers.items()}
-    requests = plan_requests(spans.values(), profile.requests)
-    counters = [span for quantity, span in spans.items() if quantity != "power"]
+    spans = {quantity: _spans(0, register, profile.function_code) for quantity, register in registers.items()}
+    requests = plan_requests(chain.from_iterable(spans.values()), profile.requests)
+    counters = [span for quantity, parts in spans.items() if quantity != "power" for span in parts]
     # The sample's time is that of the last reply, so the counters come last.
     ordered = sorted(requests, key=lambda request: any(request.contains(span) for span in counters))
     return _Layout(0, registers, tuple(ordered), serial_number_base=0)
@@ -530,7 +532,9 @@ def _sunspec_layout(
     profile: MeterProfile, model: SunSpecModel, address: int, header_words: tuple[int, ...], common: int | None
 ) -> _Layout:
     """One request from the model's header to its last value, so that values and scale factors belong together."""
-    ends = [register.address + words_in(register.type) for register in model.registers.values()]
+    ends = [
+        address + words_in(register.type) for register in model.registers.values() for address in register.addresses
+    ]
     ends += [register.scale_factor + 1 for register in model.registers.values() if register.scale_factor is not None]
     if max(ends) > _SUNSPEC_HEADER + header_words[1]:
         raise LineFailure(f"SunSpec model {header_words[0]} is only {header_words[1]} registers long")

@@ -127,11 +127,26 @@ def test_a_scale_factor_that_is_not_one_is_refused(factor):
         scale_exponent(factor)
 
 
+@pytest.mark.parametrize("raw", ["0012 D687", "0000 0001", "007F FFFF"])
+def test_an_integer_is_not_taken_for_a_floating_point_counter(raw):
+    """Meters that can be set to send integers send them in the same registers; read as floats they are next to 0."""
+    with pytest.raises(UnusableValue, match="integers"):
+        energy_mwh(Register(address=0, type="f32", unit="kWh"), words(raw))
+
+
+def test_a_counter_at_zero_is_a_counter():
+    assert energy_mwh(Register(address=0, type="f32", unit="kWh"), words("0000 0000")) == 0
+
+
 def test_serial_numbers_are_text():
     number = SerialNumber(address=0, type="number", count=2, function_code=3)
     text = SerialNumber(address=0, type="text", count=4, function_code=3)
     assert serial_number(number, words("0135 2D5E")) == "20262238"
     assert serial_number(text, words("4142 3132 3300 0000")) == "AB123"
+    digits = SerialNumber(address=0, type="hex", count=2, function_code=3)
+    assert serial_number(digits, words("0506 0001")) == "05060001"
+    characters = SerialNumber(address=0, type="characters", count=5, function_code=3)
+    assert serial_number(characters, words("0042 FF4E 0031 0000 0000")) == "BN1"
 
 
 @pytest.mark.parametrize(
@@ -158,6 +173,9 @@ def test_a_meter_says_which_model_it_is():
     assert model(text, words("4232 3320 3131 3200")) == "B23 1xx"
     assert model(text, words("4232 3120 3131 3200")) == "B21 or B23"
     assert model(text, words("4132 3120 3131 3200")) is None
+    digits = Identity(address=0, type="hex", count=1, function_code=3, values={"200A": "PRO380"})
+    assert model(digits, words("200A")) == "PRO380"
+    assert model(digits, words("2007")) is None
     for nothing in ("0000", "FFFF", "0670 0670"):
         with pytest.raises(UnusableValue):
             model(number, words(nothing))

@@ -115,6 +115,19 @@ def test_a_swapped_meter_shows_its_own_serial_number_with_its_first_counter(cloc
     assert (sample.import_mwh, sample.serial_number) == (10_000, "20262239")
 
 
+def test_tariffs_are_read_in_one_request_and_added(clock):
+    line = FakeLine(clock)
+    line.put(3, 65, "C496 8000")  # -1204 W
+    line.put(3, 801, "4132 D687 2B02 0C4A 40F8 6A00 0000 0000 4059 0000 0000 0000 0000 0000 0000 0000")
+    sample = reader_of("siemens-pac2200", line, clock).sample()
+    # 1234567.168 Wh and 100000 Wh; 100 Wh and 0 Wh.
+    assert (sample.import_mwh, sample.export_mwh, sample.power_w) == (1_334_567_168, 100_000, -1204)
+    assert (3, 801, 16) in line.requests
+    line.put(3, 805, "7FF8 0000 0000 0000")
+    with pytest.raises(ReadFailure, match="not a number"):
+        reader_of("siemens-pac2200", line, clock).sample()
+
+
 def test_a_meter_without_a_serial_number_is_read(clock):
     line = FakeLine(clock)
     line.put(4, 0x34, "0000 0000" + "0000" * 18 + "4640 E6B7 3F9D F3B6")
