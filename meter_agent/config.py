@@ -4,6 +4,7 @@ Only values are checked here. Whether files exist, keys load and profiles are kn
 by `meter-agent check-config`.
 """
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Final, Literal, TypeAlias
@@ -12,6 +13,7 @@ from broker.protocol.errors import MalformedMessage
 from broker.protocol.keys import PublicKey, public_key_from_cose
 from broker.protocol.mqtt_link import MqttConfig
 from firmware_config.loader import Between, OneName, WrongValue, load_config
+from meter_agent.framing.telegram import AS_SENT, ObisChoice
 
 MAX_METERS: Final = 64
 """Meters of one agent: two full RS-485 segments. Each has its own journal rows and status message."""
@@ -73,7 +75,120 @@ class DlmsConfig:
     silence_s: Annotated[float, Between(0.05, 3_600)] = 60.0
 
 
-ReaderConfig: TypeAlias = ModbusTcpConfig | ModbusRtuConfig | P1Config | DlmsConfig
+@dataclass(frozen=True, slots=True)
+class BRouteConfig:
+    """A Japanese smart meter over Wi-SUN route B, by an adapter on a serial port.
+
+    Id and password come from the grid operator. `values`: what the meter noted at the last half hour, with its time, or
+    the counters of the moment.
+    """
+
+    protocol: Literal["broute"]
+    port: Path
+    route_b_id: str
+    password_file: Path
+    baud: Annotated[int, Between(300, 921_600)] = 115_200
+    values: Literal["half_hour", "present"] = "half_hour"
+
+
+@dataclass(frozen=True, slots=True)
+class MBusConfig:
+    """A meter on a wired M-Bus, behind a level converter on a serial port; `address` is its primary address.
+
+    `export_subunit` is for meters that count what is delivered in a subunit of their own instead of marking it.
+    """
+
+    protocol: Literal["mbus"]
+    port: Path
+    address: Annotated[int, Between(0, 250)] = 1
+    baud: Annotated[int, Between(300, 38_400)] = 2_400
+    export_subunit: Annotated[int, Between(1, 15)] | None = None
+    timeout_s: Annotated[float, Between(0.05, 60)] = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class S0Config:
+    """A pulse output (S0) on a GPIO line, counted by edge events.
+
+    `pulses_per_kwh` stands on the meter. `state_file` keeps the count over a restart of the agent, and only over that.
+    A contact to ground (the usual S0 wiring) pulls the line low: `active_low` with the internal pull-up.
+    """
+
+    protocol: Literal["s0"]
+    pulses_per_kwh: Annotated[int, Between(1, 10_000_000)]
+    state_file: Path
+    line: Annotated[int, Between(0, 1_023)]
+    chip: Path = Path("/dev/gpiochip0")
+    active_low: bool = True
+    bias: Literal["pull_up", "pull_down", "disabled"] = "pull_up"
+    debounce_ms: Annotated[int, Between(0, 1_000)] = 10
+
+
+@dataclass(frozen=True, slots=True)
+class SmlConfig:
+    """A German meter that pushes SML. OBIS codes are found in what it sends unless they are named.
+
+    Several codes of a counter (`obis = { imports = ["1.8.1", "1.8.2"] }`) are added up.
+    """
+
+    protocol: Literal["sml"]
+    port: Path
+    baud: Annotated[int, Between(300, 921_600)] = 9_600
+    timeout_s: Annotated[float, Between(0.05, 60)] = 15.0
+    obis: ObisChoice = AS_SENT
+
+    def __post_init__(self) -> None:
+        _check_obis(self.obis)
+
+
+@dataclass(frozen=True, slots=True)
+class Iec62056Config:
+    """A meter that speaks IEC 62056-21: mode D pushes, mode C is asked. OBIS codes as in `SmlConfig`.
+
+    `baud` is the rate of mode D, or the one at which mode C starts; left out, it is 9600 or 300. `max_baud` is the most
+    that the optical head can do in mode C. `unit` is that of counters which the meter sends without one.
+    """
+
+    protocol: Literal["iec62056_21"]
+    port: Path
+    mode: Literal["C", "D"]
+    baud: Annotated[int, Between(300, 921_600)] | None = None
+    parity: Literal["N", "E", "O"] = "E"
+    max_baud: Annotated[int, Between(300, 19_200)] = 9_600
+    device_address: str = ""
+    unit: Literal["Wh", "kWh"] | None = None
+    timeout_s: Annotated[float, Between(0.05, 180)] = 30.0
+    obis: ObisChoice = AS_SENT
+
+    def __post_init__(self) -> None:
+        _check_obis(self.obis)
+        if re.fullmatch(r"[0-9A-Za-z ]{0,32}", self.device_address) is None:
+            raise WrongValue("device_address", f"at most 32 letters, digits and blanks, got {self.device_address!r}")
+
+    @property
+    def start_baud(self) -> int:
+        """The rate at which the port is opened."""
+        return self.baud or (300 if self.mode == "C" else 9_600)
+
+
+def _check_obis(obis: ObisChoice) -> None:
+    for key, codes in (("imports", obis.imports), ("exports", obis.exports), ("power", (obis.power or "1.7.0",))):
+        for code in codes:
+            if re.fullmatch(r"\d{1,3}\.\d{1,3}\.\d{1,3}", code) is None:
+                raise WrongValue(f"obis.{key}", f"OBIS codes such as 1.8.0, got {code!r}")
+
+
+ReaderConfig: TypeAlias = (
+    ModbusTcpConfig
+    | ModbusRtuConfig
+    | P1Config
+    | DlmsConfig
+    | BRouteConfig
+    | MBusConfig
+    | S0Config
+    | SmlConfig
+    | Iec62056Config
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from firmware_config.loader import WrongValue
-from meter_agent.config import DlmsConfig, NamedMeter, P1Config
+from meter_agent.config import BRouteConfig, DlmsConfig, Iec62056Config, NamedMeter, P1Config, SmlConfig
 from meter_agent.readings import Clock, MeterReader
 
 if TYPE_CHECKING:
@@ -40,6 +40,18 @@ def create_readers(meters: Iterable[NamedMeter], clock: Clock) -> dict[str, Mete
             from meter_agent.readers.dlms import create_dlms_reader
 
             readers[meter.name] = create_dlms_reader(meter.name, config, clock)
+        elif isinstance(config, BRouteConfig):
+            from meter_agent.readers.broute import create_broute_reader
+
+            readers[meter.name] = create_broute_reader(meter, config, clock)
+        elif isinstance(config, SmlConfig):
+            from meter_agent.readers.sml import create_sml_reader
+
+            readers[meter.name] = create_sml_reader(meter.name, config, clock)
+        elif isinstance(config, Iec62056Config):
+            from meter_agent.readers.iec62056_21 import create_iec62056_21_reader
+
+            readers[meter.name] = create_iec62056_21_reader(meter.name, config, clock)
         else:
             from meter_agent.readers.modbus import create_modbus_reader
 
