@@ -4,23 +4,20 @@ Hazards 1 (late reply), 2 (short reply), 3 (no number) and 14 (garbage, unplugge
 written by hand: device, function, byte count, registers, CRC.
 """
 
-import os
-import pty
 import select
 import socket
 import subprocess
 import sys
 import threading
 import time
-import tty
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 from dengen_testing.waiting import wait_until
+from support.wire_peers import Clock, Peer, SerialPeer, meter
 
 from firmware_config.loader import WrongValue
-from meter_agent.config import MeterConfig, ModbusRtuConfig, ModbusTcpConfig, NamedMeter, P1Config
+from meter_agent.config import ModbusRtuConfig, ModbusTcpConfig, P1Config
 from meter_agent.framing.p1 import crc16 as p1_crc16
 from meter_agent.profiles import SerialDefaults, load_profile
 from meter_agent.readers import create_reader, create_readers
@@ -31,14 +28,6 @@ pytestmark = pytest.mark.integration
 
 TIMEOUT_S = 0.15
 """Long against a reply on a pseudo-terminal, short for a test that waits for it to pass."""
-
-
-class Clock:
-    def monotonic_s(self):
-        return time.monotonic()
-
-    def time_s(self):
-        return 1_700_000_000.0
 
 
 def modbus_crc(data: bytes) -> bytes:
@@ -64,55 +53,6 @@ OLD, NEW = sdm630_reply("447A 0000"), sdm630_reply("447A 4000")
 """1000 kWh and 1001 kWh."""
 
 NO_SERIAL_NUMBER = reply("01 83 02")
-
-
-class Peer:
-    """The other end of a wire in a thread. `behave(request, peer)` answers each request by `peer.send`."""
-
-    def __init__(self, behave):
-        self.behave = behave
-        self.requests = []
-        self._wake_reader, self._wake_writer = os.pipe()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def start(self):
-        self._thread.start()
-        return self
-
-    def stop(self):
-        os.write(self._wake_writer, b"x")
-        self._thread.join(5)
-        assert not self._thread.is_alive()
-
-
-class SerialPeer(Peer):
-    """A device on a pseudo-terminal; `port` is the agent's side. Requests of Modbus RTU reads have eight bytes."""
-
-    def __init__(self, behave=lambda request, peer: None):
-        super().__init__(behave)
-        self.master, self._slave = pty.openpty()
-        tty.setraw(self._slave)
-        self.port = Path(os.ttyname(self._slave))
-        self._received = b""
-
-    def send(self, data):
-        os.write(self.master, data)
-
-    def unplug(self):
-        self.stop()
-        os.close(self._slave)
-        os.close(self.master)
-
-    def _run(self):
-        while True:
-            readable, _, _ = select.select([self.master, self._wake_reader], [], [])
-            if self._wake_reader in readable:
-                return
-            self._received += os.read(self.master, 4096)
-            while len(self._received) >= 8:
-                request, self._received = self._received[:8], self._received[8:]
-                self.requests.append(request)
-                self.behave(request, self)
 
 
 class TcpPeer(Peer):
@@ -157,39 +97,6 @@ class TcpPeer(Peer):
                     self.behave(request, self)
                 else:
                     self.hang_up()
-
-
-@pytest.fixture
-def peers():
-    """Starts peers and stops them at the end."""
-    started = []
-
-    def start(peer):
-        started.append(peer.start())
-        return peer
-
-    yield start
-    for peer in started:
-        if peer._thread.is_alive():
-            peer.stop()
-
-
-@pytest.fixture
-def closing():
-    """Readers to close at the end."""
-    readers = []
-
-    def keep(reader):
-        readers.append(reader)
-        return reader
-
-    yield keep
-    for reader in readers:
-        reader.close()
-
-
-def meter(reader, name="house-1", direction="consumption"):
-    return NamedMeter(name, MeterConfig(direction, Path("key.pem"), 10_000, reader))
 
 
 def rtu(port, profile="eastron-sdm630", **more):
