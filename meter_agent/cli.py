@@ -1,26 +1,30 @@
 """The command `meter-agent`. Each subcommand imports what it needs and no more: a gateway has little memory.
 
 Exit codes: 0 it worked; 1 it failed while running (a meter that does not answer, a journal that cannot be written);
-2 the command line or the config is wrong.
+2 the command line or the config is wrong. docs/agent.md describes every command.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from broker.protocol.errors import KeyFileError
 from firmware_config.loader import ConfigError, WrongValue
 from meter_agent.config import AgentConfig, load_agent_config
+from meter_agent.installer import commands
+from meter_agent.shown import sample_json, sample_text, utc
 
 if TYPE_CHECKING:
     from meter_agent.clock import AgentClock
-    from meter_agent.readings import MeterReader, Sample
+    from meter_agent.readings import MeterReader
 
 EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
@@ -34,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         code: int = options.command(options)
-    except (ConfigError, KeyFileError) as error:
+    except (ConfigError, KeyFileError, commands.WrongOptions) as error:
         return _fail(str(error), EXIT_USAGE)
     return code
 
@@ -55,25 +59,124 @@ def _parser() -> argparse.ArgumentParser:
         prog="meter-agent", description="Reads meters and reports their intervals to a broker.", epilog=_EXIT_CODES
     )
     parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and end")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add(commands, "run", _run, "measure, seal intervals and report them, until SIGTERM or Ctrl-C")
-    read = _add(commands, "read", _read, "read each meter once and print what it shows")
+    adder = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add(adder, "run", _run, "measure, seal intervals and report them, until SIGTERM or Ctrl-C")
+    read = _add(adder, "read", _read, "read each meter and print what it shows, once or with --watch again and again")
     read.add_argument("--meter", metavar="NAME", help="only this meter")
+    read.add_argument("--watch", action="store_true", help="go on until Ctrl-C, a line a sample")
+    read.add_argument("--every", metavar="S", type=_seconds, default=1.0, help="seconds between reads (default 1)")
     read.add_argument("--json", action="store_true", help="one JSON object a line; energy in milli-watt-hours")
-    _add(commands, "check-config", _check_config, "check config, keys and profiles without touching a meter")
-    status = _add(commands, "status", _status, "show the newest intervals, deliveries and events of the journal")
+    check = _add(adder, "check-config", _check_config, "check config, keys and profiles without touching a meter")
+    check.add_argument("--json", action="store_true", help="the result as a JSON object, a mistake with file and key")
+    status = _add(
+        adder, "status", _status, "show readings, outbox, connection, clock and faults, from the agent and its journal"
+    )
     status.add_argument("--meter", metavar="NAME", help="only this meter")
-    status.add_argument("--last", metavar="N", type=_count, default=10, help="how many of each (default 10)")
+    status.add_argument("--last", metavar="N", type=_count, default=10, help="how many of each list (default 10)")
+    status.add_argument("--json", action="store_true", help="one JSON object")
+    _add_scan(adder)
+    _add_profiles(adder)
+    _add_simulate(adder)
     return parser
 
 
-def _add(commands: Any, name: str, command: Any, summary: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
+def _add(adder: Any, name: str, command: Any, summary: str) -> argparse.ArgumentParser:
+    parser = _add_bare(adder, name, command, summary)
+    parser.add_argument("--config", metavar="FILE", type=Path, required=True, help="the agent's TOML file")
+    return parser
+
+
+def _add_bare(adder: Any, name: str, command: Any, summary: str) -> argparse.ArgumentParser:
+    """A command that needs no config."""
+    parser: argparse.ArgumentParser = adder.add_parser(
         name, help=summary, description=summary[0].upper() + summary[1:] + ".", epilog=_EXIT_CODES
     )
-    parser.add_argument("--config", metavar="FILE", type=Path, required=True, help="the agent's TOML file")
     parser.set_defaults(command=command)
     return parser
+
+
+def _add_scan(adder: Any) -> None:
+    scan = _add_bare(
+        adder,
+        "scan",
+        commands.scan,
+        "find meters on a serial port or behind a TCP host and say which profile fits each",
+    )
+    scan.add_argument("--port", metavar="PORT", help="a serial port, or with --host a TCP port (default 502)")
+    scan.add_argument("--host", metavar="HOST", help="a Modbus TCP meter or gateway")
+    ids_help = "device ids to ask, for example 1-16,200 (default 1-247)"
+    scan.add_argument("--ids", metavar="IDS", type=commands.device_ids, default="1-247", help=ids_help)
+    scan.add_argument("--baud", metavar="BAUD", type=int, help="only this baud rate (default: those of the profiles)")
+    scan.add_argument("--parity", choices=("N", "E", "O"), help="only this parity")
+    scan.add_argument("--profile", metavar="NAME", help="try only this profile")
+    scan.add_argument(
+        "--timeout", metavar="S", type=_seconds, help="seconds to wait for a reply (default 0.5 serial, 1 TCP)"
+    )
+    scan.add_argument(
+        "--device-time", metavar="S", type=_seconds, default=20.0, help="most seconds for one device (default 20)"
+    )
+    scan.add_argument(
+        "--listen",
+        metavar="S",
+        type=_seconds_or_none,
+        default=3.0,
+        help="seconds to listen for telegrams that a meter pushes (default 3; 11 for DSMR 2 to 4; 0: do not)",
+    )
+    scan.add_argument("--json", action="store_true", help="one JSON object a line for each meter")
+
+
+def _add_profiles(adder: Any) -> None:
+    profiles = _add_bare(
+        adder, "profiles", commands.profiles, "list the meters that can be read, search them, or show one profile"
+    )
+    profiles.add_argument(
+        "words", metavar="WORD", nargs="*", help="words that must all occur; `show NAME` shows one profile whole"
+    )
+    profiles.add_argument("--json", action="store_true", help="one JSON object a line")
+
+
+def _add_simulate(adder: Any) -> None:
+    simulate = _add_bare(
+        adder, "simulate", commands.simulate, "serve profiles as Modbus meters, for tests of gateways, until Ctrl-C"
+    )
+    simulate.add_argument(
+        "meters", metavar="PROFILE[:ID]", nargs="+", help="a profile and its device id (default 1, 2, … in order)"
+    )
+    simulate.add_argument("--tcp", metavar="[HOST:]PORT", type=_tcp, help="serve Modbus TCP there (port 0: a free one)")
+    simulate.add_argument("--pty", metavar="LINK", type=Path, help="serve Modbus RTU on a pseudo-terminal of this name")
+    for counter, energy_wh in (("import", 1_234_000), ("export", 567_000)):
+        start = f"what the {counter} counter shows at first (default {energy_wh})"
+        simulate.add_argument(f"--{counter}-wh", metavar="WH", type=_watt_hours, default=energy_wh, help=start)
+    simulate.add_argument(
+        "--power-w", metavar="W", type=int, default=0, help="counts on by this power, negative for export"
+    )
+    simulate.add_argument("--serial", metavar="NUMBER", help="serial number (default 1000 + device id)")
+    simulate.add_argument("--json", action="store_true", help="say where it serves as one JSON object")
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0.01 <= seconds <= 3_600:
+        raise ValueError(text)
+    return seconds
+
+
+def _seconds_or_none(text: str) -> float:
+    return 0.0 if text == "0" else _seconds(text)
+
+
+def _watt_hours(text: str) -> int:
+    energy_wh = int(text)
+    if not 0 <= energy_wh < 2**53:
+        raise ValueError(text)
+    return energy_wh
+
+
+def _tcp(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not 0 <= int(port) <= 65_535:
+        raise ValueError(text)
+    return host or "127.0.0.1", int(port)
 
 
 def _count(text: str) -> int:
@@ -113,65 +216,78 @@ def _run(options: argparse.Namespace) -> int:
 
 def _read(options: argparse.Namespace) -> int:
     from meter_agent.clock import SystemClock
-    from meter_agent.readings import ReadFailure
 
     config = load_agent_config(options.config)
     names = _chosen(options, config)
     readers = _readers(options.config, config, SystemClock(require_synchronised=False))
+    chosen = {name: readers[name] for name in names}
+    try:
+        if not options.watch:
+            return _read_once(chosen, options.json, False)
+        with contextlib.suppress(KeyboardInterrupt):
+            for _ in _rounds(options.every):
+                _read_once(chosen, options.json, True)
+    finally:
+        for reader in chosen.values():
+            reader.close()
+    return EXIT_OK
+
+
+def _rounds(every_s: float) -> Iterator[None]:
+    """Again and again, at the pace asked for or as fast as the meters are."""
+    while True:
+        next_s = time.monotonic() + every_s
+        yield
+        time.sleep(max(0.0, next_s - time.monotonic()))
+
+
+def _read_once(readers: "dict[str, MeterReader]", as_json: bool, with_time: bool) -> int:
+    from meter_agent.readings import ReadFailure
+
     code = EXIT_OK
-    for name in names:
+    for name, reader in readers.items():
         try:
-            sample = readers[name].sample()
+            sample = reader.sample()
         except ReadFailure as failure:
             code = _fail(str(failure), EXIT_FAILED)
+            continue
+        if as_json:
+            print(json.dumps({"meter": name, **sample_json(sample)}), flush=True)
         else:
-            print(_sample_json(name, sample) if options.json else _sample_text(name, sample), flush=True)
-        finally:
-            readers[name].close()
+            print(f"{utc(sample.time_s)} " * with_time + f"{name}: {sample_text(sample)}", flush=True)
     return code
 
 
 def _check_config(options: argparse.Namespace) -> int:
+    if not options.json:
+        config = _checked_config(options.config)
+        print(f"{options.config}: fine; {len(config.meters)} meter(s): {', '.join(config.meters)}")
+        return EXIT_OK
+    try:
+        config = _checked_config(options.config)
+    except (ConfigError, KeyFileError) as error:
+        print(commands.wrong_config_json(error))
+        return EXIT_USAGE
+    print(json.dumps({"ok": True, "file": str(options.config), "meters": list(config.meters)}))
+    return EXIT_OK
+
+
+def _checked_config(path: Path) -> AgentConfig:
+    """The config, with everything that it names looked at. Raises ConfigError, KeyFileError."""
     from broker.protocol.keys import load_private_key
     from meter_agent.clock import SystemClock
 
-    config = load_agent_config(options.config)
+    config = load_agent_config(path)
     for meter in config.meters.values():
         load_private_key(meter.key_file)
-    _check_mqtt_files(options.config, config)
-    _readers(options.config, config, SystemClock(require_synchronised=False))
-    print(f"{options.config}: fine; {len(config.meters)} meter(s): {', '.join(config.meters)}")
-    return EXIT_OK
+    _check_mqtt_files(path, config)
+    _readers(path, config, SystemClock(require_synchronised=False))
+    return config
 
 
 def _status(options: argparse.Namespace) -> int:
-    from broker.protocol.envelope import parse
-    from broker.protocol.messages import Delivery
-    from meter_agent.journal import JournalError, JournalView
-
     config = load_agent_config(options.config)
-    names = _chosen(options, config)
-    try:
-        journal = JournalView(config.agent.data_dir)
-    except JournalError as error:
-        return _fail(str(error), EXIT_FAILED)
-    for name in names:
-        for record in reversed(journal.intervals(name, options.last)):
-            print(
-                f"{name} interval {record.start_s} {record.energy_wh} Wh {record.quality.name.lower()} "
-                f"{record.state.name.lower()}"
-            )
-        for raw in reversed(journal.deliveries(name, options.last)):
-            delivery = Delivery.from_payload(parse(raw).payload)
-            lines = ", ".join(f"{line.source.label} {line.energy_wh} Wh" for line in delivery.lines)
-            print(
-                f"{name} delivery {delivery.start_s} {delivery.state.name.lower()}: {lines or 'nothing'}; "
-                f"unmatched {delivery.unmatched_wh} Wh"
-            )
-    for time_s, meter, kind, detail in reversed(journal.events(options.last)):
-        print(f"{meter} event {time_s} {kind}: {detail}")
-    journal.close()
-    return EXIT_OK
+    return commands.status(options, config, _chosen(options, config))
 
 
 def _chosen(options: argparse.Namespace, config: AgentConfig) -> list[str]:
@@ -194,35 +310,14 @@ def _readers(path: Path, config: AgentConfig, clock: "AgentClock") -> "dict[str,
 
 def _check_mqtt_files(path: Path, config: AgentConfig) -> None:
     """Raises ConfigError for a file that the MQTT settings name and that cannot be read."""
-    for key in ("password_file", "ca_file", "certificate_file", "key_file"):
-        file = getattr(config.mqtt, key)
-        if file is not None and not os.access(file, os.R_OK):
-            raise ConfigError(path, f"mqtt.{key}", f"a file that this user can read, and {file} is none")
-
-
-def _sample_json(name: str, sample: "Sample") -> str:
-    return json.dumps(
-        {
-            "meter": name,
-            "time_s": int(sample.time_s),
-            "import_mwh": sample.import_mwh,
-            "export_mwh": sample.export_mwh,
-            "power_w": sample.power_w,
-            "serial_number": sample.serial_number,
-        }
-    )
-
-
-def _sample_text(name: str, sample: "Sample") -> str:
-    parts = [f"{name}:"]
-    for label, mwh in (("import", sample.import_mwh), ("export", sample.export_mwh)):
-        if mwh is not None:
-            parts.append(f"{label} {mwh // 1_000_000}.{mwh % 1_000_000:06d} kWh")
-    if sample.power_w is not None:
-        parts.append(f"power {sample.power_w} W")
-    if sample.serial_number is not None:
-        parts.append(f"serial number {sample.serial_number}")
-    return " ".join(parts)
+    servers = {"mqtt": config.mqtt}
+    if config.home_assistant is not None and config.home_assistant.mqtt is not None:
+        servers["home_assistant.mqtt"] = config.home_assistant.mqtt
+    for where, server in servers.items():
+        for key in ("password_file", "ca_file", "certificate_file", "key_file"):
+            file = getattr(server, key)
+            if file is not None and not os.access(file, os.R_OK):
+                raise ConfigError(path, f"{where}.{key}", f"a file that this user can read, and {file} is none")
 
 
 def _fail(text: str, code: int) -> int:

@@ -1,5 +1,6 @@
 """The command `meter-agent`: help, version, exit codes, and errors that name what to change."""
 
+import argparse
 import json
 import os
 import signal
@@ -15,11 +16,14 @@ from broker.protocol.keys import generate_private_key, save_private_key
 from broker.protocol.messages import DeliveredLine, Delivery, DeliveryState, Quality
 from broker.protocol.sources import Source
 from meter_agent import cli
+from meter_agent.clock import SystemClock
 from meter_agent.intervals import Anchor, Boundary, MeterState, SealedInterval
 from meter_agent.journal import Journal, OutboxRow
+from meter_agent.profiles import load_profile, profile_names
 from meter_agent.readings import ReadFailure, Sample
 
 BROKER = generate_private_key()
+PAGE = Path(__file__).parents[3] / "docs" / "agent.md"
 
 
 class Shown:
@@ -75,12 +79,28 @@ def _replace(file: Path, old: str, new: str) -> None:
     file.write_text(text.replace(old, new, 1))
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["read"], ["check-config"], ["status"]])
-def test_help_explains_every_command_and_the_exit_codes(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def _commands() -> dict[str, argparse.ArgumentParser]:
+    """Every command with its parser."""
+    (adder,) = (action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return dict(adder.choices)
+
+
+@pytest.mark.parametrize("command", ["", *_commands()])
+def test_help_explains_every_command_and_the_exit_codes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main([*command, "--help"])
+        cli.main([*command.split(), "--help"])
     assert ended.value.code == 0
     assert "exit codes: 0 it worked" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("command", _commands())
+def test_every_command_and_option_is_documented(command: str) -> None:
+    page, parser = PAGE.read_text(), _commands()[command]
+    assert f"`meter-agent {command}" in page
+    assert parser.description
+    assert [action.dest for action in parser._actions if not action.help] == []
+    options = {option for action in parser._actions for option in action.option_strings} - {"-h", "--help"}
+    assert {option for option in options if f"{option}`" not in page and f"{option} " not in page} == set()
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,7 +110,22 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("meter-agent 0.")
 
 
-@pytest.mark.parametrize("arguments", [[], ["dance"], ["run"], ["status", "--config", "x", "--last", "0"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["dance"],
+        ["run"],
+        ["status", "--config", "x", "--last", "0"],
+        ["read", "--config", "x", "--every", "nan"],
+        ["scan", "--host", "h", "--ids", "0-248"],
+        ["scan", "--host", "h", "--ids", "9-1"],
+        ["scan", "--host", "h", "--ids", ""],
+        ["simulate", "--tcp", "1502"],
+        ["simulate", "abb-b23", "--tcp", "65536"],
+        ["simulate", "abb-b23", "--tcp", "0", "--import-wh", "-1"],
+    ],
+)
 def test_a_wrong_command_line_is_exit_code_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)
@@ -100,6 +135,38 @@ def test_a_wrong_command_line_is_exit_code_2(arguments: list[str]) -> None:
 def test_check_config_says_that_all_is_fine(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check-config", "--config", str(config_file)]) == 0
     assert "fine; 2 meter(s): house, roof" in capsys.readouterr().out
+
+
+WRONG = {
+    "no target": (["scan"], "--port"),
+    "TCP port": (["scan", "--host", "h", "--port", "/dev/ttyUSB0"], "a number from 1 to 65535"),
+    "serial options": (["scan", "--host", "h", "--baud", "9600"], "for a serial port"),
+    "unknown profile": (["scan", "--host", "h", "--profile", "sdm"], "no meter profile 'sdm'"),
+    "show what": (["profiles", "show"], "one name"),
+    "show unknown": (["profiles", "show", "sdm"], "no meter profile 'sdm'"),
+    "no wire": (["simulate", "abb-b23"], "--tcp or --pty"),
+    "simulate unknown": (["simulate", "sdm", "--tcp", "0"], "no meter profile 'sdm'"),
+    "simulate id twice": (["simulate", "abb-b23:1", "abb-b23:1", "--tcp", "0"], "each once"),
+    "simulate id": (["simulate", "abb-b23:248", "--tcp", "0"], "1 to 247"),
+    "simulate serial": (["simulate", "abb-b23", "--tcp", "0", "--serial", "A1"], "serial number"),
+    "simulate power": (["simulate", "abb-b23", "--tcp", "0", "--power-w", "99999999"], "does not fit"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_options_that_do_not_fit_are_exit_code_2_and_a_sentence(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, sentence = WRONG[case]
+    assert cli.main(arguments) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_check_config_says_the_same_in_json(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check-config", "--json", "--config", str(config_file)]) == 0
+    assert json.loads(capsys.readouterr().out) == {"ok": True, "file": str(config_file), "meters": ["house", "roof"]}
+    _replace(config_file, "capacity_w", "capcity_w")
+    assert cli.main(["check-config", "--json", "--config", str(config_file)]) == 2
+    said = json.loads(capsys.readouterr().out)
+    assert (said["ok"], said["file"], said["key"]) == (False, str(config_file), "meters.house.capcity_w")
 
 
 @pytest.mark.parametrize(
@@ -154,28 +221,91 @@ def test_read_prints_each_meter_and_fails_if_one_does_not_answer(
     }
 
 
+def test_watch_goes_on_after_a_failure_until_ctrl_c(
+    config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house = Shown(Sample(1.0, 1_700_000_000.4, 12_345_678, None, -250, None))
+    rounds = iter((ReadFailure("house", "unplugged"), house.result))
+
+    def pause(_seconds: float) -> None:
+        try:
+            house.result = next(rounds)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr("meter_agent.readers.create_readers", lambda _meters, _clock: {"house": house})
+    monkeypatch.setattr("time.sleep", pause)
+    assert cli.main(["read", "--watch", "--config", str(config_file), "--meter", "house"]) == 0
+    out, error = capsys.readouterr()
+    assert out == 2 * "2023-11-14T22:13:20Z house: import 12.345678 kWh power -250 W\n"
+    assert error == "meter-agent: house: unplugged\n"
+    assert house.closed
+
+
+def test_profiles_are_listed_searched_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["profiles", "--json"]) == 0
+    listed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {entry["name"] for entry in listed} >= {*profile_names(), "p1"}
+    assert cli.main(["profiles", "SCHNEIDER", "iem3155"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["NAME", "schneider-iem3000"]
+    assert cli.main(["profiles", "no-such-meter"]) == 1
+    assert "try fewer words" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_every_profile_can_be_shown(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["profiles", "show", name]) == 0
+    shown = capsys.readouterr().out
+    profile = load_profile(name)
+    for text in (name, profile.maker, *profile.models, *(caveat.text for caveat in profile.caveats)):
+        assert text in shown
+    assert cli.main(["profiles", "show", name, "--json"]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    assert (whole["name"], len(whole["references"])) == (name, len(profile.references))
+
+
 def test_a_meter_that_is_not_in_the_config_is_named(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["read", "--config", str(config_file), "--meter", "cellar"]) == 2
     assert "meters.cellar: expected one of house, roof" in capsys.readouterr().err
 
 
-def test_status_shows_intervals_deliveries_and_events(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_shows_intervals_deliveries_and_events(
+    config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert cli.main(["status", "--config", str(config_file)]) == 1
     assert "has the agent run" in capsys.readouterr().err
 
     journal = Journal(config_file.parent / "data", 10)
-    state = MeterState(Anchor(1, None, 1, 1, None), Boundary(1800, 7, Quality.MEASURED, 1800, 1800), 1800)
+    state = MeterState(Anchor(1_000_000, None, 1, 1, None), Boundary(1800, 7, Quality.MEASURED, 1800, 1800), 1800)
     journal.seal("house", state, [OutboxRow(SealedInterval(0, 1800, 7, Quality.MEASURED, None), 0, bytes(32), b"m")])
     delivery = Delivery("house", 0, 1800, 0, 7, 2, DeliveryState.FINAL, (DeliveredLine(0, Source.WIND, 5),))
     journal.note_delivery("house", 0, 0, seal(delivery, BROKER, "demo", "east"))
     journal.note_event(5, "house", "fault", "text")
     journal.close()
+    now_s = 1_700_000_000
+    monkeypatch.setattr("time.time", lambda: now_s)
     assert cli.main(["status", "--config", str(config_file), "--meter", "house"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "house interval 0 7 Wh measured waiting",
-        "house delivery 0 final: wind 5 Wh; unmatched 2 Wh",
-        "house event 5 fault: text",
+        "agent house: not running; this is what its journal says",
+        f"clock system: {'' if SystemClock(True).trusted() else 'not '}synchronised",
+        f"house reading 1970-01-01T00:00:01Z, {now_s - 1} s ago: import 0.000001 kWh",
+        "house outbox 1 waiting for a receipt, the oldest from 1970-01-01T00:00:00Z",
+        "house interval 1970-01-01T00:00:00Z 7 Wh measured waiting",
+        "house delivery 1970-01-01T00:00:00Z final: wind 5 Wh; unmatched 2 Wh",
+        "house event 1970-01-01T00:00:05Z fault: text",
     ]
+    assert cli.main(["status", "--config", str(config_file), "--meter", "house", "--json"]) == 0
+    status = json.loads(capsys.readouterr().out)
+    assert (status["agent"], status["running"], status["broker"]["connected"]) == ("house", False, False)
+    (meter,) = status["meters"]
+    assert meter["reading"]["import_mwh"] == 1
+    assert (meter["waiting"], meter["oldest_waiting_s"]) == (1, 0)
+    assert meter["intervals"] == [
+        {"start_s": 0, "end_s": 1800, "energy_wh": 7, "quality": "measured", "state": "waiting"}
+    ]
+    assert meter["deliveries"][0]["lines"] == [{"source": "wind", "energy_wh": 5}]
+    assert status["events"] == [{"time_s": 5, "meter": "house", "kind": "fault", "detail": "text"}]
 
 
 def _start(config_file: Path) -> subprocess.Popen[str]:

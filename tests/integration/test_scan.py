@@ -1,0 +1,220 @@
+"""`meter-agent scan` and wire-level meters: several on one line or behind one gateway, silent, broken, pushing ones."""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dengen_testing.wire.faults import Fault
+from dengen_testing.wire.modbus import READ_HOLDING_REGISTERS, READ_INPUT_REGISTERS, Block, RegisterImage
+from dengen_testing.wire.registers import MeterState, abb_b23, iem3000, sdm120, sdm630, sunspec_inverter
+from support.modbus_bus import SerialBus, TcpBus
+
+from firmware_config.loader import build
+from meter_agent import cli
+from meter_agent.config import MeterConfig
+
+pytestmark = pytest.mark.integration
+
+STATE = MeterState(time_s=0, import_wh=1_234_500, export_wh=567_500, power_w=1_500, serial=4_711)
+
+
+@pytest.fixture
+def start_bus() -> Iterator[Callable[..., Any]]:
+    started: list[Any] = []
+
+    def start(kind: type, meters: dict[int, RegisterImage]) -> Any:
+        started.append(kind(meters))
+        return started[-1]
+
+    yield start
+    for bus in started:
+        bus.close()
+
+
+def scan(capsys: pytest.CaptureFixture[str], *options: object) -> tuple[int, list[dict[str, Any]], str]:
+    """Exit code, what was found by JSON, and stderr."""
+    code = cli.main(["scan", "--json", *map(str, options)])
+    out, err = capsys.readouterr()
+    return code, [json.loads(line) for line in out.splitlines()], err
+
+
+def serial(value: int) -> MeterState:
+    return MeterState(0, STATE.import_wh, STATE.export_wh, STATE.power_w, value)
+
+
+def test_several_meters_on_one_line_are_told_apart(
+    start_bus: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bus = start_bus(
+        SerialBus, {1: sdm630(serial(1)), 2: abb_b23(serial(2)), 5: sdm120(serial(5)), 9: iem3000(serial(9))}
+    )
+    options = ("--port", bus.port, "--ids", "1-3,5,9", "--baud", 9600, "--parity", "N", "--timeout", 0.1, "--listen", 0)
+    code, found, progress = scan(capsys, *options)
+    assert code == 0
+    # The first of those that fit equally well: more families than one may have the same registers.
+    assert {meter["device_ids"][0]: meter["profiles"][0] for meter in found} == {
+        1: "eastron-sdm630",
+        2: "abb-b23",
+        5: "eastron-sdm120",
+        9: "schneider-iem3000",
+    }
+    for meter in found:
+        assert meter["reading"]["serial_number"] == str(meter["device_ids"][0])
+        assert meter["reading"]["power_w"] == 1_500
+        assert meter["fit"] in ("likely", "certain")
+    assert found[0]["reading"]["import_mwh"] == 1_234_500_000
+    assert "asking device 3 (3 of 5)" in progress
+
+
+def test_what_is_found_can_be_pasted_into_a_config(
+    start_bus: Callable[..., Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    bus = start_bus(TcpBus, {7: abb_b23(STATE)})
+    code, found, _ = scan(capsys, "--host", "127.0.0.1", "--port", bus.port, "--ids", "7")
+    assert code == 0
+    data = {"direction": "consumption", "key_file": "k", "capacity_w": 1, "reader": found[0]["reader"]}
+    reader = build(data, MeterConfig, tmp_path / "agent.toml").reader
+    assert (reader.protocol, reader.profile, reader.device_id) == ("modbus_tcp", "abb-b23", 7)  # type: ignore[union-attr]
+    assert cli.main(["scan", "--host", "127.0.0.1", "--port", str(bus.port), "--ids", "7"]) == 0
+    table = capsys.readouterr().out
+    assert "1234.500000 kWh" in table
+    assert '[meters.meter-1.reader]\nprotocol = "modbus_tcp"' in table
+
+
+def test_a_gateway_and_a_sunspec_inverter_behind_it(
+    start_bus: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bus = start_bus(TcpBus, {1: sunspec_inverter(MeterState(0, 0, 5_000_000, -3_000, 77)), 200: abb_b23(STATE)})
+    code, found, _ = scan(capsys, "--host", "127.0.0.1", "--port", bus.port, "--ids", "1-4,200")
+    assert code == 0
+    assert (found[0]["device_ids"], found[0]["profiles"], found[0]["fit"]) == ([1], ["sunspec-inverter"], "certain")
+    assert found[0]["reading"]["export_mwh"] == 5_000_000_000
+    assert (found[1]["device_ids"], found[1]["profiles"]) == ([200], ["abb-b23"])
+
+
+def test_a_meter_that_answers_to_every_id_is_found_once(
+    start_bus: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = abb_b23(STATE)
+    bus = start_bus(TcpBus, dict.fromkeys(range(1, 31), image))
+    code, found, _ = scan(capsys, "--host", "127.0.0.1", "--port", bus.port, "--ids", "1-30")
+    assert code == 0
+    assert [meter["device_ids"] for meter in found] == [list(range(1, 31))]
+
+
+def test_silent_ids_cost_a_bounded_time_and_a_silent_meter_is_not_found(
+    start_bus: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bus = start_bus(SerialBus, {1: sdm630(STATE)})
+    bus.faults[1] = Fault.SILENT
+    begin_s = time.monotonic()
+    options = ("--port", bus.port, "--ids", "1-5", "--baud", 9600, "--parity", "N", "--timeout", 0.1, "--listen", 0)
+    code, found, err = scan(capsys, *options)
+    # Two requests each, and the pause after one that was not answered.
+    assert time.monotonic() - begin_s < 5 * 2 * (0.1 + 0.1) + 1.5
+    assert (code, found) == (1, [])
+    assert "no meter found; check wiring" in err
+    assert set(bus.asked) == {1, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize("fault", [Fault.GARBAGE, Fault.WRONG_CHECKSUM])
+def test_what_sends_no_frame_is_no_meter_and_does_not_spoil_the_next_one(
+    fault: Fault, start_bus: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bus = start_bus(SerialBus, {1: sdm630(STATE), 2: sdm630(serial(2))})
+    bus.faults[1] = fault
+    options = ("--port", bus.port, "--ids", "1,2", "--baud", 9600, "--parity", "N", "--timeout", 0.1, "--listen", 0)
+    code, found, _ = scan(capsys, *options)
+    assert code == 0
+    assert [meter["device_ids"] for meter in found] == [[2]]
+
+
+def test_a_meter_whose_replies_are_short_fits_no_profile_and_costs_a_bounded_time(
+    start_bus: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bus = start_bus(SerialBus, {1: sdm630(STATE), 2: sdm630(serial(2))})
+    bus.faults[1] = Fault.SHORT
+    begin_s = time.monotonic()
+    options = ("--port", bus.port, "--ids", "1,2", "--baud", 9600, "--parity", "N", "--timeout", 0.1, "--listen", 0)
+    _, found, _ = scan(capsys, *options, "--device-time", 1)
+    # One more profile may have been begun when the time was over.
+    assert time.monotonic() - begin_s < 1 + 6
+    assert (found[0]["device_ids"], found[0]["profiles"]) == ([1], [])
+    assert "were not tried" in found[0]["note"]
+    assert (found[1]["device_ids"], found[1]["profiles"]) == ([2], ["eastron-sdm630"])
+
+
+def test_a_device_that_no_profile_fits_is_named_as_such(
+    start_bus: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bus = start_bus(TcpBus, {3: RegisterImage((Block(READ_HOLDING_REGISTERS, 0x9000, b"\0\1"),))})
+    code, found, _ = scan(capsys, "--host", "127.0.0.1", "--port", bus.port, "--ids", "3")
+    assert code == 0
+    assert (found[0]["device_ids"], found[0]["profiles"], found[0]["reading"]) == ([3], [], None)
+    assert "profile" not in found[0]["reader"]
+
+
+def test_registers_that_are_all_zero_prove_nothing(
+    start_bus: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    zeros = bytes(2 * 0x1_0000)
+    blocks = (Block(READ_HOLDING_REGISTERS, 0, zeros), Block(READ_INPUT_REGISTERS, 0, zeros))
+    bus = start_bus(TcpBus, {1: RegisterImage(blocks)})
+    _, found, _ = scan(capsys, "--host", "127.0.0.1", "--port", bus.port, "--ids", "1")
+    assert found[0]["fit"] == "possible"
+    assert len(found[0]["profiles"]) > 1
+
+
+def test_one_profile_only(start_bus: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    bus = start_bus(TcpBus, {1: sdm630(STATE)})
+    options = ("--host", "127.0.0.1", "--port", bus.port, "--ids", "1", "--profile", "abb-b23")
+    _, found, _ = scan(capsys, *options)
+    assert found[0]["profiles"] == []
+
+
+def test_a_p1_meter_on_the_port_is_heard_and_nobody_is_asked(
+    start_street: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    meter = {"name": "flat", "wire": "p1", "kind": "dsmr", "start_import_wh": 1_234_500, "serial": 4_711}
+    description = {"participant": "street", "interval_s": 1800, "origin_s": 0, "folder": "wire", "meters": [meter]}
+    street = start_street(description)
+    port = street.addresses()["flat"]["path"]
+    code, found, progress = scan(capsys, "--port", port, "--listen", 5)
+    assert code == 0
+    (flat,) = found
+    assert flat["reader"] == {"protocol": "p1", "port": port, "baud": 115_200}
+    assert flat["reading"]["import_mwh"] == 1_234_500_000
+    assert flat["reading"]["serial_number"] is not None
+    assert "asking device" not in progress
+
+
+def test_a_port_that_is_not_there_is_exit_code_1(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, found, err = scan(capsys, "--port", tmp_path / "ttyUSB9")
+    assert (code, found) == (1, [])
+    assert "is missing; is the adapter plugged in?" in err
+    code, found, err = scan(capsys, "--host", "127.0.0.1", "--port", 1, "--ids", "1")
+    assert (code, found) == (1, [])
+    assert "no Modbus TCP server answers" in err
+
+
+def test_ctrl_c_shows_what_was_found_so_far(start_bus: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    bus = start_bus(TcpBus, {1: sdm630(STATE)})
+    bus.faults[2] = Fault.SILENT
+    bus.meters[2] = sdm630(STATE)
+
+    def interrupt() -> None:
+        while 2 not in bus.asked:
+            time.sleep(0.01)
+        os.kill(os.getpid(), 2)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    options = ("--host", "127.0.0.1", "--port", bus.port, "--ids", "1,2", "--timeout", 30)
+    code, found, err = scan(capsys, *options)
+    assert code == 0
+    assert [meter["device_ids"] for meter in found] == [[1]]
+    assert "stopped; this was found so far" in err
