@@ -64,20 +64,9 @@ KeyLookup = Callable[[bytes], Signer | None]
 def seal(message: Message, key: PrivateKey, ledger: str, sender: str) -> bytes:
     """Sign a message. The same message, key, ledger and sender always give the same bytes."""
     protected = _protected_header(message.TYPE, key.public.algorithm, key.public.key_id)
-    payload = message.to_payload()
-    signature = key.sign(_sig_structure(protected, _external_aad(message.TYPE, ledger, sender), payload))
-    return b"".join(
-        (
-            _HEAD,
-            cbor.byte_string_head(len(protected)),
-            protected,
-            _EMPTY_MAP,
-            cbor.byte_string_head(len(payload)),
-            payload,
-            _SIGNATURE_HEAD,
-            signature,
-        )
-    )
+    payload = _as_byte_string(message.to_payload())
+    signature = key.sign(_signed_head(protected, message.TYPE, ledger, sender) + payload)
+    return b"".join((_HEAD, _as_byte_string(protected), _EMPTY_MAP, payload, _SIGNATURE_HEAD, signature))
 
 
 def sealed_id(raw: bytes, ledger: str, sender: str) -> bytes:
@@ -114,15 +103,12 @@ def parse(raw: bytes) -> Envelope:
 
 def message_id(envelope: Envelope, ledger: str, sender: str) -> bytes:
     """The 32-byte id of the message inside."""
-    aad = _external_aad(envelope.message_type, ledger, sender)
-    return sha256(_sig_structure(envelope.protected, aad, envelope.payload)).digest()
+    return sha256(_to_be_signed(envelope, ledger, sender)).digest()
 
 
 def verify(envelope: Envelope, signer: Signer, ledger: str) -> bytes:
     """Check the signature and return the message id. Raises BadSignature."""
-    to_be_signed = _sig_structure(
-        envelope.protected, _external_aad(envelope.message_type, ledger, signer.name), envelope.payload
-    )
+    to_be_signed = _to_be_signed(envelope, ledger, signer.name)
     if envelope.algorithm is not signer.key.algorithm or not signer.key.verifies(envelope.signature, to_be_signed):
         raise BadSignature(signer.name, envelope.message_type.name.lower())
     return sha256(to_be_signed).digest()
@@ -166,22 +152,23 @@ def _read_protected(protected: bytes) -> tuple[MessageType, Algorithm, bytes]:
 
 
 @lru_cache(maxsize=65_536)
-def _external_aad(message_type: MessageType, ledger: str, sender: str) -> bytes:
-    aad = cbor.encode([int(message_type), ledger, sender])
-    return cbor.byte_string_head(len(aad)) + aad
+def _signed_head(protected: bytes, message_type: MessageType, ledger: str, sender: str) -> bytes:
+    """The Sig_structure up to the payload: the same for all messages of one kind of one sender."""
+    return _sig_head(protected, cbor.encode((int(message_type), ledger, sender)))
 
 
-def _sig_structure(protected: bytes, encoded_aad: bytes, payload: bytes) -> bytes:
-    return b"".join(
-        (
-            _SIG_CONTEXT,
-            cbor.byte_string_head(len(protected)),
-            protected,
-            encoded_aad,
-            cbor.byte_string_head(len(payload)),
-            payload,
-        )
-    )
+def _sig_head(protected: bytes, external_aad: bytes) -> bytes:
+    return _SIG_CONTEXT + _as_byte_string(protected) + _as_byte_string(external_aad)
+
+
+def _to_be_signed(envelope: Envelope, ledger: str, sender: str) -> bytes:
+    """The Sig_structure of RFC 9052 section 4.4."""
+    head = _signed_head(envelope.protected, envelope.message_type, ledger, sender)
+    return head + _as_byte_string(envelope.payload)
+
+
+def _as_byte_string(content: bytes) -> bytes:
+    return cbor.byte_string_head(len(content)) + content
 
 
 _LARGEST: Final = max(message_class.MAX_BYTES for message_class in MESSAGE_CLASSES.values())

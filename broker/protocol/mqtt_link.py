@@ -276,8 +276,9 @@ class MqttLink:
 
     def _may_queue(self, client: paho.Client) -> bool:
         """True if nothing of paho's is waiting, so that own bytes put in now keep their place."""
-        if client.want_write():
-            self.flush()
+        if not client.want_write():
+            return True
+        self.flush()
         return not client.want_write()
 
     def _wants_write(self, client: paho.Client) -> bool:

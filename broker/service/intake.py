@@ -5,14 +5,13 @@ revision: the same payload again gets the same answer, whenever it comes; anothe
 as evidence and refused. Late and out-of-order messages are accepted; numbers identify, they never refuse.
 """
 
-from dataclasses import dataclass
 from hashlib import sha256
-from typing import Final
+from typing import Final, NamedTuple
 
 from broker.protocol.envelope import Envelope, Signer, message_id, parse, verify
 from broker.protocol.errors import BadSignature, MalformedMessage, ProtocolError, UnknownKey
 from broker.protocol.limits import MAX_REASON_CHARACTERS
-from broker.protocol.market_time import Interval, MarketCalendar
+from broker.protocol.market_time import MarketCalendar
 from broker.protocol.messages import (
     MESSAGE_CLASSES,
     Demand,
@@ -43,8 +42,7 @@ class RefusedInput(Exception):
     """A message that is refused for good; the text is the reason that goes back to the sender."""
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
+class Accepted(NamedTuple):
     """A message that was accepted now, or (`again`) before."""
 
     value: MeterValue
@@ -227,7 +225,7 @@ class Intake:
             alias,
             bound,
             contract_hash,
-            self._calendar.gate_2_of(Interval(value.start_s, value.end_s)),
+            value.end_s + self._calendar.gate_2_s,
         )
 
     def _answer_unreadable(self, meter: str, kind: MessageType, raw: bytes, error: MalformedMessage) -> None:

@@ -7,7 +7,7 @@ meters there are. `forget` empties the caches after the command line has changed
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, NamedTuple, TypeVar
 
 from broker.market.contracts import Contract, History, contract_from_bytes, contract_hash, history_start
 from broker.protocol.envelope import Signer
@@ -98,8 +98,7 @@ class Device:
     from_s: int
 
 
-@dataclass(frozen=True, slots=True)
-class Account:
+class Account(NamedTuple):
     """What a consumer received since contract version and accounting period began."""
 
     period_start_s: int

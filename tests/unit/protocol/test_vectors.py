@@ -134,8 +134,7 @@ def verify_cose_sign1(raw: bytes, key: PublicKey, external_aad: bytes, tag_requi
         raise ValueError("another algorithm")
     # As RFC 9052 section 4.4 wants it: an empty protected header is signed as an empty string.
     signed = b"" if protected == b"\xa0" else protected
-    aad = cbor.byte_string_head(len(external_aad)) + external_aad
-    to_be_signed = envelope._sig_structure(signed, aad, payload)
+    to_be_signed = envelope._sig_head(signed, external_aad) + envelope._as_byte_string(payload)
     if not key.verifies(low_s(signature) if key.algorithm is Algorithm.ESP256 else signature, to_be_signed):
         raise ValueError("the signature does not fit")
     return to_be_signed
