@@ -21,8 +21,8 @@ those that touch it estimated.
 When the calendar is set, registers keep counting and their times are put right. An interval that was sealed before is
 never sealed again. What was counted in times whose intervals were sealed already goes to the next interval, which says
 since when it was counted; if that is more than an interval's worth it goes to none. Everything that was counted and
-that no interval has (this, an outage of more than LONGEST_OUTAGE_S, and what exceeds the line's capacity) adds up in
-`MeterState.unassigned_wh`. So at every boundary since the first: total = first total + sum of intervals + unassigned.
+that no interval has (this, an outage of more than LONGEST_OUTAGE_S, what exceeds the line's capacity, a jump of one and
+the same meter) adds up in `MeterState.unassigned_wh`.
 
 Times are integer microseconds inside, registers integer milli-watt-hours: no float takes part in a sum.
 """
@@ -136,8 +136,8 @@ class MeterState:
     """Everything that is carried from sample to sample. A new meter starts with `MeterState()`.
 
     `boundary` is the end of the last sealed interval, None until a first boundary was passed; no interval before it is
-    sealed again. `unassigned_wh` is what was counted since the first boundary and is in no interval. `flat_wus` is the
-    meter's own power in W × µs since its register last moved.
+    sealed again. `unassigned_wh` is what was counted since the first boundary and is in no interval: the sum of intervals
+    and this is what the meters counted. `flat_wus` is the meter's own power in W × µs since its register last moved.
     """
 
     anchor: Anchor | None = None
@@ -327,7 +327,13 @@ def _hold_back(state: MeterState, reading: _Reading, judged: Anchor | Fault, rul
         f"{agreed.serial_number}); what flowed in the {(suspect.time_us - anchor.time_us) // _US} s between is unknown"
     )
     first = _accept(replace(state, fault=None), anchor, suspect, rules, unknown=True)
-    then = _accept(first.state, suspect, agreed, rules)
+    jumped_wh = (suspect.raw_mwh - anchor.raw_mwh) // 1_000
+    after = first.state
+    if fault is Fault.IMPOSSIBLE_JUMP and anchor.serial_number == suspect.serial_number is not None:
+        # Known to be the same meter: it says that it counted this, and no interval can have it.
+        after = replace(after, unassigned_wh=after.unassigned_wh + jumped_wh)
+        detail += f"; {jumped_wh} Wh are in no interval"
+    then = _accept(after, suspect, agreed, rules)
     events = (MeterEvent(_CONFIRMED[fault], detail), *first.events, *then.events)
     return Step(then.state, first.sealed + then.sealed, events, keep=True)
 

@@ -252,6 +252,15 @@ def test_a_swapped_meter_whose_serial_number_is_unreadable_once_is_not_taken_for
     assert run.events == [EventKind.FAULT, EventKind.METER_SWAPPED]
 
 
+def test_a_confirmed_jump_of_the_same_meter_is_on_record_and_in_no_interval() -> None:
+    run = _Run()
+    for after_s, mwh in ((0, 5_000), (600, 6_000), (610, 2_006_500), (680, 2_007_000), (1800, 2_008_000)):
+        run.take(_sample(T0 + after_s, mwh, serial="a"))
+    assert run.events == [EventKind.FAULT, EventKind.COUNTER_JUMPED]
+    assert run.rows() == [(0, 2, "ESTIMATED")]
+    assert run.state.unassigned_wh == 2_000
+
+
 def test_an_impossible_value_does_not_become_possible_by_standing_there() -> None:
     run = _Run()
     run.see((0, 1_000_000), *((t, 6_000_000) for t in range(10, 7201, 10)))

@@ -1,0 +1,1 @@
+"""An agent through a simulated year."""
