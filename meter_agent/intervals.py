@@ -136,8 +136,9 @@ class MeterState:
     """Everything that is carried from sample to sample. A new meter starts with `MeterState()`.
 
     `boundary` is the end of the last sealed interval, None until a first boundary was passed; no interval before it is
-    sealed again. `unassigned_wh` is what was counted since the first boundary and is in no interval: the sum of intervals
-    and this is what the meters counted. `flat_wus` is the meter's own power in W × µs since its register last moved.
+    sealed again. `unassigned_wh` is what was counted since the first boundary and is in no interval: all intervals and
+    this together are what the meters counted. `flat_wus` is the meter's own power in W × µs since its register last
+    moved.
     """
 
     anchor: Anchor | None = None
