@@ -122,6 +122,13 @@ def _add_scan(adder: Any) -> None:
         default=3.0,
         help="seconds to listen for telegrams that a meter pushes (default 3; 11 for DSMR 2 to 4; 0: do not)",
     )
+    scan.add_argument(
+        "--sign-on",
+        metavar="S",
+        type=_seconds_or_none,
+        default=8.0,
+        help="seconds for a meter that must be asked by IEC 62056-21 (default 8; 0: do not ask)",
+    )
     scan.add_argument("--json", action="store_true", help="one JSON object a line for each meter")
 
 

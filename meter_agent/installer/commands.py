@@ -92,7 +92,7 @@ def scan(options: argparse.Namespace) -> int:
                 found.append(meter)
                 progress.note(_found_text(meter))
             if len(found) > before and not meter.device_ids:
-                # A meter that pushes has the line to itself: nobody there waits for a question.
+                # A meter that pushes, or signs on, has the line to itself: nobody there waits for a question.
                 break
     except KeyboardInterrupt:
         progress.note("stopped; this was found so far")
@@ -119,6 +119,7 @@ def _probes(options: argparse.Namespace) -> Iterable[Any]:
         ModbusProbe,
         RealClock,
         ScanLimits,
+        SignOnProbe,
         all_profiles,
         line_settings,
         listeners,
@@ -142,6 +143,8 @@ def _probes(options: argparse.Namespace) -> Iterable[Any]:
     limits = ScanLimits(options.timeout or SERIAL_REPLY_S, options.device_time, options.listen)
     if options.listen > 0:
         yield ListenProbe(path, listeners(), limits, clock)
+    if options.sign_on > 0:
+        yield SignOnProbe(path, options.sign_on, clock)
     settings = line_settings(known, options.baud, options.parity)
     if not settings:
         raise WrongOptions("scan: no profile says how this line is set; give --baud")

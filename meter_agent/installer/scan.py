@@ -1,8 +1,9 @@
 """`meter-agent scan`: which meters hang on a serial port or behind a TCP host, and which profile fits each.
 
 A list of probes looks one after the other. On a serial port the listeners come first, because a meter that pushes its
-telegrams says by itself what it is, and nobody has to be asked; then the Modbus probe asks every device id at every
-line setting. A further protocol is one more `Listener` in `listeners()`, or one more class with `look`.
+telegrams says by itself what it is, and nobody has to be asked. Then one is asked to sign on, and at last the Modbus
+probe asks every device id at every line setting. A further protocol is one more `Listener` in `listeners()`, or one
+more class with `look`.
 
 An id where nobody answers costs two short requests, one that answers at most `ScanLimits.device_s`.
 """
@@ -18,11 +19,13 @@ from typing import Any, Final, Protocol
 import serial
 
 from meter_agent import decode
+from meter_agent.config import Iec62056Config
 from meter_agent.framing import hdlc, iec62056_21, p1, sml
 from meter_agent.framing.dlms import parse_list
 from meter_agent.framing.telegram import MalformedTelegram, TelegramReading
 from meter_agent.installer.identify import Fit, Look, Verdict, equally_good, judge, ranked
 from meter_agent.profiles import MeterProfile, Pauses, Quantity, SerialDefaults, load_profile, profile_names
+from meter_agent.readers.iec62056_21 import create_iec62056_21_reader
 from meter_agent.readers.modbus import LineFailure, ModbusLine, ModbusReader, SerialTarget, TcpTarget
 from meter_agent.readings import Clock, ReadFailure, Sample
 from meter_agent.request_plan import Span
@@ -88,28 +91,31 @@ class Framer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """A protocol whose meters push: its name in the config, its line, and how its telegrams are found and read.
+    """A protocol whose meters push: its line, how its telegrams are found and read, and what its config says then.
 
-    `parse` raises MalformedTelegram. `in_config` are the line settings that its config has beside the port.
+    `parse` raises MalformedTelegram. `reader` is the table of the config without the port.
     """
 
-    protocol: str
+    reader: dict[str, Any]
     line: SerialDefaults
     new_framer: Callable[[], Framer]
     parse: Callable[[Any], TelegramReading]
-    in_config: tuple[str, ...] = ("baud",)
 
 
 def listeners() -> tuple[Listener, ...]:
     """All protocols that are listened for, at the line settings of their standards."""
-    dlms = ("baud", "parity")
+    even, none = SerialDefaults(2_400, "E"), SerialDefaults(2_400, "N")
+    # The seven bits of IEC 62056-21 and their parity are checked by its framing.
+    fast = {"protocol": "iec62056_21", "mode": "D", "baud": 9_600}
+    slow = {"protocol": "iec62056_21", "mode": "D", "baud": 2_400}
+    pushed = (iec62056_21.Iec62056Framer, iec62056_21.parse_telegram)
     return (
-        Listener("p1", SerialDefaults(115_200, "N"), p1.P1Framer, p1.parse_telegram),
-        Listener("sml", SerialDefaults(9_600, "N"), sml.SmlFramer, sml.parse_frame),
-        # Its seven bits and their parity are checked by the framing.
-        Listener("iec62056_21", SerialDefaults(9_600, "N"), iec62056_21.Iec62056Framer, iec62056_21.parse_telegram),
-        Listener("dlms", SerialDefaults(2_400, "E"), hdlc.HdlcFramer, _dlms_reading, dlms),
-        Listener("dlms", SerialDefaults(2_400, "N"), hdlc.HdlcFramer, _dlms_reading, dlms),
+        Listener({"protocol": "p1", "baud": 115_200}, SerialDefaults(115_200, "N"), p1.P1Framer, p1.parse_telegram),
+        Listener({"protocol": "sml", "baud": 9_600}, SerialDefaults(9_600, "N"), sml.SmlFramer, sml.parse_frame),
+        Listener(fast, SerialDefaults(9_600, "N"), *pushed),
+        Listener({"protocol": "dlms", "baud": 2_400, "parity": "E"}, even, hdlc.HdlcFramer, _dlms_reading),
+        Listener({"protocol": "dlms", "baud": 2_400, "parity": "N"}, none, hdlc.HdlcFramer, _dlms_reading),
+        Listener(slow, none, *pushed),
     )
 
 
@@ -137,7 +143,7 @@ class ListenProbe:
         """Ends at the first telegram: a line has one meter that pushes. Raises ScanFailed if no setting works."""
         failures = []
         for line, known in self._by_line.items():
-            names = ", ".join(listener.protocol for listener in known)
+            names = ", ".join(listener.reader["protocol"] for listener in known)
             progress(f"listening for {names} at {line_text(line)} for {self._limits.listen_s:g} s")
             try:
                 found = self._listen(line, known)
@@ -172,9 +178,7 @@ class ListenProbe:
             reading.power_w,
             reading.serial_number,
         )
-        line = {"baud": listener.line.baud, "parity": listener.line.parity}
-        reader: dict[str, Any] = {"protocol": listener.protocol, "port": str(self._port)}
-        reader |= {key: line[key] for key in listener.in_config}
+        reader = {**listener.reader, "port": str(self._port)}
         return Found(f"{self._port} {line_text(listener.line)}", [], reader, sample, note="it pushes telegrams")
 
 
@@ -202,6 +206,31 @@ def _received(handle: serial.Serial) -> bytes:
 
 
 # Asking
+
+
+class SignOnProbe:
+    """Asks for a meter that speaks IEC 62056-21 mode C: an optical head, or a meter with a current loop."""
+
+    def __init__(self, port: Path, timeout_s: float, clock: Clock) -> None:
+        """`timeout_s` is for a whole conversation, and that is what an empty line costs."""
+        self._port = port
+        self._timeout_s = timeout_s
+        self._clock = clock
+
+    def look(self, progress: Progress) -> Iterator[Found]:
+        """Yields the meter that has answered with its data."""
+        config = Iec62056Config("iec62056_21", self._port, "C", timeout_s=self._timeout_s)
+        where = f"{self._port} {config.start_baud} 7E1"
+        progress(f"{where}: asking for an iec62056_21 meter for {self._timeout_s:g} s")
+        reader = create_iec62056_21_reader("scan", config, self._clock)
+        try:
+            sample = reader.sample()
+        except ReadFailure:
+            return
+        finally:
+            reader.close()
+        table = {"protocol": "iec62056_21", "mode": "C", "port": str(self._port)}
+        yield Found(where, [], table, sample, note="it answers a sign-on")
 
 
 def line_settings(profiles: Iterable[MeterProfile], baud: int | None, parity: str | None) -> list[SerialDefaults]:

@@ -4,7 +4,9 @@ import json
 import os
 import threading
 import time
+import tty
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from dengen_testing.wire.faults import Fault
 from dengen_testing.wire.modbus import READ_HOLDING_REGISTERS, READ_INPUT_REGISTERS, Block, RegisterImage
 from dengen_testing.wire.registers import MeterState, abb_b23, iem3000, sdm120, sdm630, sunspec_inverter
 from support.modbus_bus import SerialBus, TcpBus
+from support.telegrams import EASYMETER, GOOD_SML, LANDIS_GYR_IDENTIFICATION, LANDIS_GYR_LINES, block, even
+from support.wire_peers import SerialPeer
 
 from firmware_config.loader import build
 from meter_agent import cli
@@ -53,7 +57,22 @@ def test_several_meters_on_one_line_are_told_apart(
     bus = start_bus(
         SerialBus, {1: sdm630(serial(1)), 2: abb_b23(serial(2)), 5: sdm120(serial(5)), 9: iem3000(serial(9))}
     )
-    options = ("--port", bus.port, "--ids", "1-3,5,9", "--baud", 9600, "--parity", "N", "--timeout", 0.1, "--listen", 0)
+    options = (
+        "--port",
+        bus.port,
+        "--ids",
+        "1-3,5,9",
+        "--baud",
+        9600,
+        "--parity",
+        "N",
+        "--timeout",
+        0.1,
+        "--listen",
+        0,
+        "--sign-on",
+        0,
+    )
     code, found, progress = scan(capsys, *options)
     assert code == 0
     # The first of those that fit equally well: more families than one may have the same registers.
@@ -113,7 +132,22 @@ def test_silent_ids_cost_a_bounded_time_and_a_silent_meter_is_not_found(
     bus = start_bus(SerialBus, {1: sdm630(STATE)})
     bus.faults[1] = Fault.SILENT
     begin_s = time.monotonic()
-    options = ("--port", bus.port, "--ids", "1-5", "--baud", 9600, "--parity", "N", "--timeout", 0.1, "--listen", 0)
+    options = (
+        "--port",
+        bus.port,
+        "--ids",
+        "1-5",
+        "--baud",
+        9600,
+        "--parity",
+        "N",
+        "--timeout",
+        0.1,
+        "--listen",
+        0,
+        "--sign-on",
+        0,
+    )
     code, found, err = scan(capsys, *options)
     # Two requests each, and the pause after one that was not answered.
     assert time.monotonic() - begin_s < 5 * 2 * (0.1 + 0.1) + 1.5
@@ -128,7 +162,22 @@ def test_what_sends_no_frame_is_no_meter_and_does_not_spoil_the_next_one(
 ) -> None:
     bus = start_bus(SerialBus, {1: sdm630(STATE), 2: sdm630(serial(2))})
     bus.faults[1] = fault
-    options = ("--port", bus.port, "--ids", "1,2", "--baud", 9600, "--parity", "N", "--timeout", 0.1, "--listen", 0)
+    options = (
+        "--port",
+        bus.port,
+        "--ids",
+        "1,2",
+        "--baud",
+        9600,
+        "--parity",
+        "N",
+        "--timeout",
+        0.1,
+        "--listen",
+        0,
+        "--sign-on",
+        0,
+    )
     code, found, _ = scan(capsys, *options)
     assert code == 0
     assert [meter["device_ids"] for meter in found] == [[2]]
@@ -140,7 +189,22 @@ def test_a_meter_whose_replies_are_short_fits_no_profile_and_costs_a_bounded_tim
     bus = start_bus(SerialBus, {1: sdm630(STATE), 2: sdm630(serial(2))})
     bus.faults[1] = Fault.SHORT
     begin_s = time.monotonic()
-    options = ("--port", bus.port, "--ids", "1,2", "--baud", 9600, "--parity", "N", "--timeout", 0.1, "--listen", 0)
+    options = (
+        "--port",
+        bus.port,
+        "--ids",
+        "1,2",
+        "--baud",
+        9600,
+        "--parity",
+        "N",
+        "--timeout",
+        0.1,
+        "--listen",
+        0,
+        "--sign-on",
+        0,
+    )
     _, found, _ = scan(capsys, *options, "--device-time", 1)
     # One more profile may have been begun when the time was over.
     assert time.monotonic() - begin_s < 1 + 6
@@ -190,6 +254,71 @@ def test_a_p1_meter_on_the_port_is_heard_and_nobody_is_asked(
     assert flat["reader"] == {"protocol": "p1", "port": port, "baud": 115_200}
     assert flat["reading"]["import_mwh"] == 1_234_500_000
     assert flat["reading"]["serial_number"] is not None
+    assert "asking device" not in progress
+
+
+@contextmanager
+def pushing(telegram: bytes) -> Iterator[Path]:
+    """A serial port into which a meter pushes this again and again, until nobody takes it any more."""
+    ours, theirs = os.openpty()
+    tty.setraw(theirs)
+    os.set_blocking(ours, False)
+    stop = threading.Event()
+
+    def push() -> None:
+        while not stop.wait(0.05):
+            with suppress(BlockingIOError):
+                os.write(ours, telegram)
+
+    thread = threading.Thread(target=push)
+    thread.start()
+    try:
+        yield Path(os.ttyname(theirs))
+    finally:
+        stop.set()
+        thread.join()
+        os.close(ours)
+        os.close(theirs)
+
+
+DLMS = bytes.fromhex("7EA02A410883130413E6E7000F40000000000101020309060100010700FF060000095602020F00161BAFA17E")
+"""2390 W, pushed by an Aidon meter: https://github.com/UtilitechAS/amsreader-firmware frames/Aidon-TN-3p.raw."""
+
+PUSHED = {
+    "SML": (GOOD_SML, {"protocol": "sml", "baud": 9_600}, 12_345_600, -30),
+    "IEC 62056-21": (
+        *(even(EASYMETER.encode()), {"protocol": "iec62056_21", "mode": "D", "baud": 9_600}, 26_107_703_423, 336),
+    ),
+    "DLMS": (DLMS, {"protocol": "dlms", "baud": 2_400, "parity": "N"}, None, 2_390),
+}
+
+
+@pytest.mark.parametrize("kind", PUSHED)
+def test_other_meters_that_push_are_heard_too(kind: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    telegram, reader, import_mwh, power_w = PUSHED[kind]
+    with pushing(telegram) as port:
+        code, found, _ = scan(capsys, "--port", port, "--listen", 0.5)
+    assert code == 0
+    (meter,) = found
+    # A pseudo-terminal takes parity E only sometimes, and has the same bytes at every baud rate.
+    assert meter["reader"] | {"parity": "N"} == reader | {"port": str(port), "parity": "N"}
+    assert (meter["reading"]["import_mwh"], meter["reading"]["power_w"]) == (import_mwh, power_w)
+    data = {"direction": "consumption", "key_file": "k", "capacity_w": 1, "reader": meter["reader"]}
+    assert build(data, MeterConfig, tmp_path / "agent.toml").reader.protocol == reader["protocol"]
+
+
+def test_a_meter_that_must_be_asked_signs_on(capsys: pytest.CaptureFixture[str]) -> None:
+    def answer(request: bytes, peer: Any) -> None:
+        identification = even(LANDIS_GYR_IDENTIFICATION.encode())
+        peer.send(identification if b"?" in request else even(block(LANDIS_GYR_LINES)))
+
+    peer = SerialPeer(answer, lambda received: received.find(b"\n") + 1)
+    peer.start()
+    code, found, progress = scan(capsys, "--port", peer.port, "--listen", 0, "--sign-on", 10)
+    peer.unplug()
+    assert code == 0
+    assert found[0]["reader"] == {"protocol": "iec62056_21", "mode": "C", "port": str(peer.port)}
+    assert found[0]["reading"]["import_mwh"] == 1_234_120_000
     assert "asking device" not in progress
 
 

@@ -308,6 +308,16 @@ def test_status_shows_intervals_deliveries_and_events(
     assert status["events"] == [{"time_s": 5, "meter": "house", "kind": "fault", "detail": "text"}]
 
 
+def test_a_running_agent_loads_nothing_that_it_was_not_asked_for() -> None:
+    code = "import sys, meter_agent.cli, meter_agent.service; print(*sys.modules)"
+    loaded = set(
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    )
+    of_installer = {name for name in loaded if name.startswith("meter_agent.installer.")}
+    assert of_installer == {"meter_agent.installer.commands"}
+    assert not loaded & {"meter_agent.home_link", "meter_agent.home_messages", "pymodbus", "dengen_testing"}
+
+
 def _start(config_file: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "meter_agent.cli", "run", "--config", str(config_file)],
