@@ -102,6 +102,7 @@ class MBusConfig:
     port: Path
     address: Annotated[int, Between(0, 250)] = 1
     baud: Annotated[int, Between(300, 38_400)] = 2_400
+    parity: Literal["N", "E", "O"] = "E"
     export_subunit: Annotated[int, Between(1, 15)] | None = None
     timeout_s: Annotated[float, Between(0.05, 60)] = 1.0
 

@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from firmware_config.loader import WrongValue
-from meter_agent.config import BRouteConfig, DlmsConfig, Iec62056Config, NamedMeter, P1Config, SmlConfig
+from meter_agent.config import BRouteConfig, DlmsConfig, Iec62056Config, MBusConfig, NamedMeter, P1Config, SmlConfig
 from meter_agent.readings import Clock, MeterReader
 
 if TYPE_CHECKING:
+    from meter_agent.readers.mbus import MBusLine
     from meter_agent.readers.modbus import ModbusLine
 
 
@@ -28,6 +29,7 @@ def create_readers(meters: Iterable[NamedMeter], clock: Clock) -> dict[str, Mete
     """
     readers: dict[str, MeterReader] = {}
     serial_lines: dict[str, ModbusLine] = {}
+    mbus_lines: dict[str, MBusLine] = {}
     for meter in meters:
         config = meter.config.reader
         if isinstance(config, P1Config):
@@ -44,6 +46,10 @@ def create_readers(meters: Iterable[NamedMeter], clock: Clock) -> dict[str, Mete
             from meter_agent.readers.broute import create_broute_reader
 
             readers[meter.name] = create_broute_reader(meter, config, clock)
+        elif isinstance(config, MBusConfig):
+            from meter_agent.readers.mbus import create_mbus_reader
+
+            readers[meter.name] = create_mbus_reader(meter, config, clock, mbus_lines)
         elif isinstance(config, SmlConfig):
             from meter_agent.readers.sml import create_sml_reader
 
