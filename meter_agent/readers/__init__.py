@@ -8,7 +8,16 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from firmware_config.loader import WrongValue
-from meter_agent.config import BRouteConfig, DlmsConfig, Iec62056Config, MBusConfig, NamedMeter, P1Config, SmlConfig
+from meter_agent.config import (
+    BRouteConfig,
+    DlmsConfig,
+    Iec62056Config,
+    MBusConfig,
+    NamedMeter,
+    P1Config,
+    S0Config,
+    SmlConfig,
+)
 from meter_agent.readings import Clock, MeterReader
 
 if TYPE_CHECKING:
@@ -50,6 +59,10 @@ def create_readers(meters: Iterable[NamedMeter], clock: Clock) -> dict[str, Mete
             from meter_agent.readers.mbus import create_mbus_reader
 
             readers[meter.name] = create_mbus_reader(meter, config, clock, mbus_lines)
+        elif isinstance(config, S0Config):
+            from meter_agent.readers.s0 import create_s0_reader
+
+            readers[meter.name] = create_s0_reader(meter, config, clock)
         elif isinstance(config, SmlConfig):
             from meter_agent.readers.sml import create_sml_reader
 
