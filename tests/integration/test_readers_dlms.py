@@ -5,6 +5,8 @@ Aidon: https://github.com/UtilitechAS/amsreader-firmware frames/Aidon-TN-3p.raw.
 
 import os
 import pty
+import subprocess
+import sys
 import threading
 import time
 import tty
@@ -145,6 +147,39 @@ def test_damage_is_named(make):
     port.send(bytes(damaged))
     thread.join(10)
     assert "refused: its frame check sequence is wrong" in results[0].reason
+
+
+def kamstrup(steps):
+    name = "0A084B616D7374727570"
+    return frame(bytes.fromhex(f"E6E7000F00000000 00 0203 {name} 09060101010800FF 06{steps:08x}"))
+
+
+@pytest.mark.parametrize(("first", "then"), [(2_306_000, 23_060_010), (23_060_000, 2_306_001)])
+def test_a_meter_whose_step_was_changed_is_withheld_until_the_config_says_so(make, first, then):
+    """https://github.com/turbokongen/hass-AMS/issues/108: 23 060 kWh became 230 600 kWh."""
+    port = Port()
+    reader = make(port.path, energy_step_wh=10, timeout_s=0.5)
+    thread, results = opened(reader, port)
+    port.send(kamstrup(first))
+    thread.join(10)
+    assert results[0].import_mwh == first * 10_000
+    port.send(kamstrup(then))
+    with pytest.raises(ReadFailure, match="the step of the meter has changed"):
+        reader.sample()
+    port.send(kamstrup(first + 1))
+    wait_until(lambda: reader._port._newest, "the next list")
+    assert reader.sample().import_mwh == (first + 1) * 10_000
+
+
+def test_an_agent_imports_no_library_that_its_config_does_not_name():
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from meter_agent.config import *; from meter_agent.readers import create_reader\n"
+        "config = MeterConfig('consumption', Path('k'), 1, DlmsConfig('dlms', Path('/nowhere')))\n"
+        "create_reader(NamedMeter('house-1', config), None)\n"
+        "assert not {'pymodbus', 'momonga', 'meterbus', 'gpiod'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_an_unplugged_adapter_is_a_failure_and_comes_back_under_another_number(make, tmp_path):
