@@ -98,6 +98,8 @@ class IntervalRecord:
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
+    """A receipt that is noted and not written yet."""
+
     meter: str
     start_s: int
     revision: int

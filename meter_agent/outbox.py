@@ -75,6 +75,8 @@ class Answered:
 
 @dataclass(slots=True)
 class _Entry:
+    """A message under way, when it is due, and how long to wait after that."""
+
     message: WaitingMessage
     due_s: float
     back_off_s: float

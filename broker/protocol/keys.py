@@ -5,6 +5,8 @@ A key travels as a COSE_Key (RFC 9052 section 7) and is named by the first 16 by
 group order and the nonce deterministic (RFC 6979), so that the same message signed twice gives the same bytes.
 """
 
+import base64
+import binascii
 import os
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -14,7 +16,7 @@ from typing import Any, Final
 
 import cbor2
 from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA256, Hash
@@ -28,6 +30,11 @@ _MAX_COSE_KEY_BYTES: Final = 128
 
 # SEC 2, section 2.4.2: the order of the group of P-256.
 P256_ORDER: Final = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
+
+# RFC 8410, section 7: what comes before the 32 bytes of an Ed25519 key in PKCS #8.
+_ED25519_PKCS8: Final = bytes.fromhex("302e020100300506032b657004220420")
+_PEM_START: Final = b"-----BEGIN PRIVATE KEY-----"
+_PEM_END: Final = b"-----END PRIVATE KEY-----"
 
 
 class Algorithm(IntEnum):
@@ -112,6 +119,8 @@ def public_key_from_cose(cose_key: bytes) -> PublicKey:
 
 def save_private_key(path: Path, key: PrivateKey) -> None:
     """Write PKCS #8 PEM, readable by its owner only. Raises FileExistsError rather than overwrite a key."""
+    from cryptography.hazmat.primitives import serialization
+
     pem = key._key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
@@ -128,6 +137,11 @@ def load_private_key(path: Path) -> PrivateKey:
         raw = path.read_bytes()
     except OSError as error:
         raise KeyFileError(str(path), f"{error.strerror}; make a key with `energy-broker key new {path}`") from error
+    usual = _usual_key(raw)
+    if usual is not None:
+        return _private(usual)
+    from cryptography.hazmat.primitives import serialization
+
     try:
         key = serialization.load_pem_private_key(raw, password=None)
     except (ValueError, TypeError) as error:
@@ -137,6 +151,24 @@ def load_private_key(path: Path) -> PrivateKey:
     ):
         return _private(key)
     raise KeyFileError(str(path), "expected an Ed25519 or P-256 key")
+
+
+def _usual_key(pem: bytes) -> ed25519.Ed25519PrivateKey | None:
+    """The Ed25519 key in a file as `save_private_key` writes it, None for any other file.
+
+    The library's own reader brings all formats that keys and certificates ever had: 1.5 MB of an agent's memory.
+    """
+    text = pem.strip()
+    if not text.startswith(_PEM_START) or not text.endswith(_PEM_END):
+        return None
+    try:
+        der = base64.b64decode(text[len(_PEM_START) : -len(_PEM_END)].strip(), validate=True)
+    except binascii.Error:
+        return None
+    seed = der.removeprefix(_ED25519_PKCS8)
+    if len(seed) != 32 or len(der) != len(_ED25519_PKCS8) + 32:
+        return None
+    return ed25519.Ed25519PrivateKey.from_private_bytes(seed)
 
 
 def _private(key: ed25519.Ed25519PrivateKey | ec.EllipticCurvePrivateKey) -> PrivateKey:

@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from broker.protocol.lean_import import left_out
+from broker.protocol.lean_import import deferred
 from broker.protocol.limits import MAX_BLOCK_BYTES
 from broker.protocol.topics import DEFAULT_ROOT
 
-with left_out("urllib.request", unless_installed="socks"):
+with deferred("urllib.request"):
     import paho.mqtt.client as paho
     from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
     from paho.mqtt.packettypes import PacketTypes
@@ -42,8 +42,10 @@ CONNACK_TIMEOUT_S: Final = 10.0
 DEFAULT_RECEIVE_MAXIMUM: Final = 1_024
 """Unacknowledged messages that the server may send us: larger than a group commit, or the window limits throughput."""
 
-MAX_MESSAGES_A_POLL: Final = 1_024
-"""Bounds the memory and the time of one turn of the caller's loop."""
+MAX_MESSAGES_A_POLL: Final = 512
+"""Bounds the memory and the time of one turn of the caller's loop. Half the receive maximum, so that the server goes on
+sending while a turn is in work; and what a turn of so many needs fits into a processor's cache.
+"""
 
 SEND_AT_BYTES: Final = 65_536
 """So many bytes are not held back for more to come; about what a socket's send buffer takes at once."""

@@ -1,5 +1,9 @@
 """Keys: their names and encodings, deterministic signatures, and what their files may be."""
 
+import base64
+import subprocess
+import sys
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
@@ -173,3 +177,49 @@ def test_a_key_file_that_cannot_be_used_says_why(tmp_path: Path) -> None:
         with pytest.raises(KeyFileError, match=expected[name]) as refused:
             load_private_key(path)
         assert str(path) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "rewritten",
+    [
+        lambda pem: pem,
+        lambda pem: pem.replace(b"\n", b"\r\n"),
+        lambda pem: b"\n" + pem + b"\n\n",
+        lambda pem: b"a comment before it\n" + pem,
+    ],
+    ids=["as written", "carriage returns", "empty lines", "comment"],
+)
+def test_a_key_file_is_the_same_key_however_it_is_wrapped(rewritten: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    key = generate_private_key()
+    save_private_key(tmp_path / "a.pem", key)
+    (tmp_path / "b.pem").write_bytes(rewritten((tmp_path / "a.pem").read_bytes()))
+    assert load_private_key(tmp_path / "b.pem").public == key.public
+    assert load_private_key(tmp_path / "b.pem").sign(b"x") == key.sign(b"x")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"!!!!",
+        b"",
+        base64.b64encode(bytes.fromhex("302e020100300506032b657004220420") + bytes(31)),
+        base64.b64encode(bytes.fromhex("302e020100300506032b65700422") + bytes(34)),
+        base64.b64encode(bytes(32)),
+    ],
+    ids=["no base64", "empty", "a byte short", "another beginning", "the bare bytes"],
+)
+def test_a_key_file_with_another_content_is_refused(body: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "key.pem"
+    path.write_bytes(b"-----BEGIN PRIVATE KEY-----\n" + body + b"\n-----END PRIVATE KEY-----\n")
+    with pytest.raises(KeyFileError):
+        load_private_key(path)
+
+
+def test_an_agents_key_is_read_without_the_readers_of_all_other_formats(tmp_path: Path) -> None:
+    save_private_key(tmp_path / "key.pem", generate_private_key())
+    code = (
+        "import sys; from pathlib import Path; from broker.protocol.keys import load_private_key\n"
+        f"load_private_key(Path({str(tmp_path / 'key.pem')!r}))\n"
+        "assert 'cryptography.hazmat.primitives.serialization' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,4 +1,4 @@
-"""A module that a library names and never uses is left out while the library is imported, and only then."""
+"""A module that a library names and hardly ever uses is loaded when it is used, and whoever wants it has it."""
 
 import subprocess
 import sys
@@ -18,17 +18,34 @@ def test_the_mqtt_link_brings_neither_http_nor_email() -> None:
     )
 
 
-def test_whoever_needs_the_module_later_gets_the_real_one() -> None:
-    _run("import broker.protocol.mqtt_link, urllib.request\nassert urllib.request.getproxies() is not None\n")
-
-
-@pytest.mark.parametrize("reason", ["import urllib.request", "sys.path.insert(0, FOLDER)"])
-def test_it_is_there_if_it_is_loaded_already_or_the_package_that_needs_it_is_installed(
-    reason: str, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    folder = tmp_path_factory.mktemp("installed")
-    (folder / "socks.py").write_text("def get_default_proxy(): return None\n")
+def test_the_library_gets_the_real_module_when_it_uses_it() -> None:
     _run(
-        f"import sys\nFOLDER = {str(folder)!r}\n{reason}\nimport broker.protocol.mqtt_link, paho.mqtt.client\n"
+        "import sys, broker.protocol.mqtt_link, paho.mqtt.client\n"
         "assert paho.mqtt.client.urllib.request.getproxies() is not None\n"
+        "assert sys.modules['urllib.request'].__file__ and sys.modules['urllib'].request.__file__\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "order", ["import urllib.request, broker.protocol.mqtt_link", "import broker.protocol.mqtt_link"]
+)
+def test_everybody_else_gets_the_real_module(order: str) -> None:
+    _run(
+        f"{order}\nimport urllib.request\nassert urllib.request.__file__ and urllib.request.getproxies() is not None\n"
+    )
+
+
+def test_a_module_that_is_used_at_once_is_loaded_at_once() -> None:
+    _run(
+        "from broker.protocol.lean_import import deferred\n"
+        "with deferred('colorsys'):\n    import colorsys\n    assert colorsys.rgb_to_hsv(0, 0, 0) == (0, 0, 0)\n"
+        "import sys\nassert sys.modules['colorsys'] is not colorsys\n"
+    )
+
+
+def test_what_the_module_does_not_have_is_an_attribute_error() -> None:
+    _run(
+        "from broker.protocol.lean_import import deferred\n"
+        "with deferred('colorsys'):\n    import colorsys\n"
+        "assert not hasattr(colorsys, 'nothing') and not hasattr(colorsys, '__path__')\n"
     )
