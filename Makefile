@@ -9,11 +9,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PACKAGE_FILES := setup.cfg pyproject.toml
 PYTEST_OPTIONS ?= -n 2 --dist loadfile
+FUZZ_SECONDS ?= 600
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long lint bench clean system
+.PHONY: help setup demo test test-long fuzz lint bench clean system
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -29,6 +30,9 @@ test: setup lint ## lint, types, import walls and all tests but the long ones
 test-long: setup lint ## all tests at their full counts
 	DENGEN_FULL=1 $(BIN)/python -m pytest $(PYTEST_OPTIONS)
 
+fuzz: setup ## fuzz everything that reads bytes off a wire, FUZZ_SECONDS each (TARGETS=… for some of them)
+	PYTHONPATH=tests $(BIN)/python -m fuzz --runs 1000000000 --seconds $(FUZZ_SECONDS) $(TARGETS)
+
 lint: $(VENV)/.stamp-dev ## ruff, mypy --strict, the walls between the rooms
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,7 +43,7 @@ bench: setup ## measure; a table, and bench-out/bench.json
 	PYTHONPATH=tests $(BIN)/python -m bench.run
 
 clean: ## remove .venv and everything that demo, tests and benchmarks wrote
-	rm -rf $(VENV) .venv-oracle .venv-oracle.lock demo-out demo-out-embedded bench-out build dist *.egg-info
+	rm -rf $(VENV) .venv-oracle .venv-oracle.lock demo-out demo-out-embedded bench-out fuzz-out build dist *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -134,3 +134,14 @@ def even(data: bytes) -> bytes:
 
 
 LANDIS_GYR = LANDIS_GYR_IDENTIFICATION.encode() + block(LANDIS_GYR_LINES)
+
+
+ASKED, PUSHED = even(LANDIS_GYR), even(EASYMETER.encode())
+"""As they come in: with parity bits."""
+
+P1_TELEGRAM = (
+    b"/ISk5\\2MT382-1000\r\n\r\n1-3:0.2.8(50)\r\n0-0:96.1.1(4B384547303034303436333935353037)\r\n"
+    b"1-0:1.8.1(000004.426*kWh)\r\n1-0:1.8.2(000002.399*kWh)\r\n1-0:2.8.1(000002.444*kWh)\r\n"
+    b"1-0:2.8.2(000000.000*kWh)\r\n1-0:1.7.0(00.244*kW)\r\n1-0:2.7.0(00.000*kW)\r\n!F9C3\r\n"
+)
+"""DSMR 5, values of a recorded telegram (https://github.com/ndokter/dsmr_parser test/example_telegrams.py)."""
