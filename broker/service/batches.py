@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, TypeVar
 
 from broker.protocol.envelope import sealed_id
-from broker.protocol.limits import MAX_BATCH_BYTES, MAX_BATCH_OPERATIONS
+from broker.protocol.limits import MAX_BATCH_BYTES
 from broker.protocol.messages import Batch
 from broker.service.outputs import Identity, Outputs
 from broker.service.store import BatchKind, BatchRow, BrokerStore, WorkState
@@ -16,8 +16,12 @@ from broker.service.store import BatchKind, BatchRow, BrokerStore, WorkState
 T = TypeVar("T")
 
 FULL_BATCH_BYTES: Final = MAX_BATCH_BYTES - 65_536
-FULL_BATCH_OPERATIONS: Final = MAX_BATCH_OPERATIONS // 2
-"""A batch is closed below the limits of the wire, so that its own envelope always fits."""
+"""A batch is closed below the limit of the wire, so that its own envelope always fits."""
+
+FULL_BATCH_OPERATIONS: Final = 512
+"""Enough that signature, block and commit cost next to nothing for each; what more of them need no longer fits into a
+processor's cache. A refused batch holds up no more than these.
+"""
 
 
 class BatchDesk:
