@@ -45,10 +45,10 @@ TARIFFS: Final = (
     (("solar", 400_000), ("wind", 300_000)),
     (("wind", 600_000), ("hydro", 400_000)),
     (("hydro", 500_000), ("renewable", 500_000)),
-    (("wind", 700_000), ("solar", 300_000)),
+    (("renewable", 1_000_000),),
 )
 """Contract lines as (source or group, ppm); the first is completed by `any`. Meters take them in turn, so a contract
-has 2.25 lines on average.
+has two lines on average.
 """
 
 _ED25519_PUBLIC: Final = {1: 1, -1: 6}
