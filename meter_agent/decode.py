@@ -33,8 +33,10 @@ class UnusableValue(Exception):
 def energy_mwh(register: Register, words: tuple[int, ...], scale_exponent: int = 0) -> int:
     """The cumulative energy in `words` (as received, 16 bits each) in mWh, rounded down.
 
-    `scale_exponent` is the power of ten from a SunSpec scale factor. Raises UnusableValue, also for energy below zero,
-    and for a floating-point number so small that the registers must hold an integer.
+    `scale_exponent` is the power of ten from a SunSpec scale factor. A signed counter that overflows goes on below zero,
+    and is counted on if its profile says that it rolls over behind its positive half. Raises UnusableValue for any other
+    energy below zero, for a count that the meter cannot show by its profile, and for a floating-point number so small
+    that the registers must hold an integer.
     """
     numerator, denominator = _scaled(register, words, scale_exponent, MWH_PER_UNIT[register.unit])
     if numerator < 0:
@@ -167,9 +169,14 @@ def _number(register: Register, words: tuple[int, ...]) -> tuple[int, int]:
         raise UnusableValue(f"the meter says that the value is not available ({_hex(words)})")
     if register.type == "f32" or register.type == "f64":
         return shortest_decimal(bits, register.type)
-    if register.type.startswith("s"):
-        return _signed(bits, 16 * len(words)), 0
-    return bits, 0
+    number = _signed(bits, 16 * len(words)) if register.type.startswith("s") else bits
+    if register.rollover is not None:
+        half = 1 << (16 * len(words) - 1)
+        if number < 0 and number + register.rollover >= half:
+            number += register.rollover
+        if number >= register.rollover:
+            raise UnusableValue(f"{_hex(words)} is beyond the count at which the counter should start again")
+    return number, 0
 
 
 def _joined(words: tuple[int, ...]) -> int:

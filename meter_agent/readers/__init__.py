@@ -1,7 +1,8 @@
 """Meter readers: from a meter's config to an object whose `sample()` reads it.
 
 Only the module that a config names is imported, because an agent that reads one P1 port has no memory to spare for a
-Modbus library. Meters on the same serial line share one port, one request after the other.
+Modbus library. Meters on the same serial line share one port, one request after the other. Meters with the very same
+reader table are one meter with several registers, and share its samples.
 """
 
 from collections.abc import Iterable
@@ -36,6 +37,29 @@ def create_readers(meters: Iterable[NamedMeter], clock: Clock) -> dict[str, Mete
     Raises WrongValue where a meter's config names an unknown profile or does not fit the other meters on its line, and
     ConfigError where a profile itself is wrong.
     """
+    meters = tuple(meters)
+    groups: list[list[NamedMeter]] = []
+    for meter in meters:
+        same = next((group for group in groups if group[0].config.reader == meter.config.reader), None)
+        if same is None:
+            groups.append([meter])
+        else:
+            same.append(meter)
+    made = _create_readers([group[0] for group in groups], clock)
+    readers: dict[str, MeterReader] = {}
+    for group in groups:
+        reader = made[group[0].name]
+        if len(group) == 1:
+            readers[group[0].name] = reader
+        else:
+            from meter_agent.readers.shared import SharedReader
+
+            shared = SharedReader(reader, clock)
+            readers.update((meter.name, shared.view(meter.name)) for meter in group)
+    return {meter.name: readers[meter.name] for meter in meters}
+
+
+def _create_readers(meters: Iterable[NamedMeter], clock: Clock) -> dict[str, MeterReader]:
     readers: dict[str, MeterReader] = {}
     serial_lines: dict[str, ModbusLine] = {}
     mbus_lines: dict[str, MBusLine] = {}

@@ -50,6 +50,28 @@ def test_a_counter_is_read_exactly(value_type, unit, divide, image, expected_mwh
 
 
 @pytest.mark.parametrize(
+    ("rollover", "image", "expected_mwh"),
+    [
+        (2**32, "7FFF FFFF", 2_147_483_647_000),
+        (2**32, "8000 0000", 2_147_483_648_000),
+        (2**32, "FFFF FFFF", 4_294_967_295_000),
+        (2**31, "7FFF FFFF", 2_147_483_647_000),
+        (8_388_608, "007F FFFF", 8_388_607_000),
+    ],
+)
+def test_a_signed_counter_that_overflows_is_counted_on_if_its_profile_says_so(rollover, image, expected_mwh):
+    assert energy_mwh(Register(address=0, type="s32", unit="Wh", rollover=rollover), words(image)) == expected_mwh
+
+
+@pytest.mark.parametrize(
+    ("rollover", "image"), [(None, "8000 0000"), (2**31, "8000 0000"), (2**31, "FFFF FFFF"), (8_388_608, "0080 0000")]
+)
+def test_a_count_that_the_meter_cannot_show_is_refused(rollover, image):
+    with pytest.raises(UnusableValue):
+        energy_mwh(Register(address=0, type="s32", unit="Wh", rollover=rollover), words(image))
+
+
+@pytest.mark.parametrize(
     ("value_type", "unit", "divide", "image", "expected_w"),
     [
         ("f32", "W", 1, "C2F6 E979", -123),  # -123.456
