@@ -33,10 +33,10 @@ class UnusableValue(Exception):
 def energy_mwh(register: Register, words: tuple[int, ...], scale_exponent: int = 0) -> int:
     """The cumulative energy in `words` (as received, 16 bits each) in mWh, rounded down.
 
-    `scale_exponent` is the power of ten from a SunSpec scale factor. A signed counter that overflows goes on below zero,
-    and is counted on if its profile says that it rolls over behind its positive half. Raises UnusableValue for any other
-    energy below zero, for a count that the meter cannot show by its profile, and for a floating-point number so small
-    that the registers must hold an integer.
+    `scale_exponent` is the power of ten from a SunSpec scale factor. A signed counter that overflows goes on below
+    zero, and is counted on if its profile says that it rolls over behind its positive half. Raises UnusableValue for
+    any other energy below zero, for a count that the meter cannot show by its profile, and for a floating-point number
+    so small that the registers must hold an integer.
     """
     numerator, denominator = _scaled(register, words, scale_exponent, MWH_PER_UNIT[register.unit])
     if numerator < 0:
