@@ -119,8 +119,7 @@ class Transfer:
     order: bytes | None
 
 
-@dataclass(frozen=True, slots=True)
-class Deliver:
+class Deliver(NamedTuple):
     """Gives slices that the submitter owns to the consumer behind `pseudonym`, for the demand of `[start_s, end_s)`.
 
     `commitment` stands for the signed demand that stays off the ledger. No slices: puts on record what is unmatched.
@@ -203,9 +202,12 @@ class _SliceCodec:
     def decode(self, data: Any, where: str) -> DeliveredSlice:
         if type(data) is not list or len(data) != 7:
             raise MalformedMessage(where, "a slice: [device, carrier, start_s, revision, from_wh, to_wh, line]")
-        asset = _asset_of(data[:4], where)
+        *asset, from_wh, to_wh, line = data
         return DeliveredSlice(
-            asset, _WH.decode(data[4], where), _WH.decode(data[5], where), _LINE.decode(data[6], where)
+            _asset_of(asset, where),
+            _WH.decode(from_wh, where),
+            _WH.decode(to_wh, where),
+            _LINE.decode(line, where),
         )
 
 
@@ -279,7 +281,8 @@ def decode_operation(raw: bytes) -> Operation:
     except MalformedMessage:
         # Only now is it worth naming the field: nearly all operations are well formed and this is the hot path.
         if type(data[1]) is list and len(data[1]) == len(row.items):
-            for field_name, codec, item in zip(row.into.__slots__, row.items, data[1], strict=True):
+            names = row.into._fields if issubclass(row.into, tuple) else row.into.__slots__
+            for field_name, codec, item in zip(names, row.items, data[1], strict=True):
                 codec.decode(item, f"{name}.{field_name}")
         raise
     return operation

@@ -7,7 +7,7 @@ called by the message decoder for each map it reads.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
 
 import cbor2
 
@@ -48,6 +48,10 @@ def check_key_order(keys: Iterable[Any], where: str) -> None:
         previous = key
 
 
+_LEAST_LENGTH: Final = {0x58: 24, 0x59: 0x100, 0x5A: 0x10000}
+"""From the first byte of a byte string to the least length that needs so long a head."""
+
+
 def byte_string_head(length: int) -> bytes:
     """The head of a definite-length byte string (RFC 8949 section 3, major type 2), for lengths below 2^32."""
     if length < 24:
@@ -67,12 +71,13 @@ def read_byte_string(raw: bytes, at: int, where: str) -> tuple[bytes, int]:
     first = raw[at] if at < len(raw) else None
     if first is None or not 0x40 <= first <= 0x5A:
         raise MalformedMessage(where, "a byte string of definite length")
-    start, length = at + 1, first - 0x40
+    start, length, least = at + 1, first - 0x40, 0
     if first >= 0x58:
-        # The length follows in 1, 2 or 4 bytes (RFC 8949 section 3).
+        # The length follows in 1, 2 or 4 bytes (RFC 8949 section 3) if it is too long for the head that is shorter.
         start += 1 << (first - 0x58)
         length = int.from_bytes(raw[at + 1 : start], "big")
+        least = _LEAST_LENGTH[first]
     end = start + length
-    if end > len(raw) or raw[at:start] != byte_string_head(length):
+    if end > len(raw) or length < least:
         raise MalformedMessage(where, "a whole byte string behind the shortest head")
     return raw[start:end], end

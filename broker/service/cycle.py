@@ -265,7 +265,7 @@ class Cycle:
         changed: dict[str, Account] = {}
         delivered = []
         for demand, taken in zip(demands, takings, strict=True):
-            energy_wh = sum(item.energy_wh for item in taken)
+            energy_wh = sum([item.energy_wh for item in taken])
             demand.taken.extend(taken)
             demand.delivered_wh += energy_wh
             short = demand.delivered_wh < demand.row.energy_wh

@@ -149,16 +149,12 @@ class Registry:
 
     def keep_accounts(self, changed: dict[str, Account]) -> None:
         """Store the accounts of these meters."""
-        self._store.set_accounts(
-            [
-                AccountRow(
-                    meter, account.period_start_s, account.version, account.history.total, account.history.by_line
-                )
-                for meter, account in changed.items()
-            ]
-        )
+        rows = []
         for meter, account in changed.items():
+            history = account.history
+            rows.append(AccountRow(meter, account.period_start_s, account.version, history.total, history.by_line))
             self._accounts.put(meter, account)
+        self._store.set_accounts(rows)
 
     def _load_consumer(self, meter: str) -> Consumer | None:
         row = self._store.consumer(meter)

@@ -536,10 +536,7 @@ class BrokerStore:
         self._db.executemany(
             "INSERT INTO account VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
             " total_wh = excluded.total_wh, by_line = excluded.by_line",
-            [
-                (row.meter, row.period_start_s, row.version, row.total_wh, cbor.encode(list(row.by_line)))
-                for row in rows
-            ],
+            [(row.meter, row.period_start_s, row.version, row.total_wh, cbor.encode(row.by_line)) for row in rows],
         )
 
     # Intervals
