@@ -68,6 +68,20 @@ class Plan:
     broker_away: int = 12
 
 
+QUIET: Final = Plan(
+    days=2,
+    power_cuts=0,
+    swaps=0,
+    resets=0,
+    wrong_values=0,
+    failed_reads=0,
+    zero_nights=0,
+    clock_steps=0,
+    broker_away=0,
+)
+"""Two days in which nothing happens."""
+
+
 class Meter:
     """A meter by its true count. `total_mwh` goes on over swaps and resets, `shown_mwh` is what its register says."""
 
