@@ -1,11 +1,14 @@
 """`python -m fuzz [TARGET …] --runs N --seconds S`: fuzz each target in a process of its own, and stop at a finding.
 
 With atheris (coverage-guided; x86_64 only) inputs that reach new code are kept and changed further. Elsewhere
-hypothesis makes inputs out of the seeds and random bytes. A finding is written to fuzz-out/ and the process fails. So
-does one in which the number of Python's memory blocks keeps growing.
+hypothesis makes inputs out of the seeds and random bytes. A finding is written to fuzz-out/ and the process fails.
+
+Then the inputs that were kept, which reach all code that was reached, are read again and again, without atheris
+(whose own memory grows), and no memory block may stay behind.
 """
 
 import argparse
+import gc
 import importlib
 import subprocess
 import sys
@@ -23,10 +26,14 @@ MAX_RSS_MB: Final = 1_024
 BATCH_INPUTS: Final = 1_000
 """Hypothesis makes so many before the time is looked at."""
 
-WARM_UP_INPUTS: Final = 2_000
-CHECK_EVERY_INPUTS: Final = 1_000
-MAX_GROWN_BLOCKS: Final = 10_000
-"""Caches (of regular expressions, of small integers) fill up in the first inputs; after that nothing may stay."""
+REPLAYS: Final = 30
+"""How often all inputs are read between two counts of memory."""
+
+MAX_COUNTS: Final = 12
+"""Python's own caches settle within a few; a leak never does."""
+
+MAX_GROWN_BLOCKS: Final = 25
+"""Less than one block for each time that one of the inputs was read."""
 
 
 def main() -> int:
@@ -35,29 +42,39 @@ def main() -> int:
     parser.add_argument("targets", nargs="*", metavar="TARGET", help="which ones (default: all)")
     parser.add_argument("--runs", type=int, default=20_000, help="inputs per target")
     parser.add_argument("--seconds", type=int, default=3_600, help="at most this long per target")
-    parser.add_argument("--here", action="store_true", help="fuzz the one target in this process")
+    parser.add_argument("--corpus", type=Path, help="fuzz the one target in this process, on the inputs in this folder")
     arguments = parser.parse_args()
-    if arguments.here:
-        return fuzz(arguments.targets[0], arguments.runs, arguments.seconds)
+    if arguments.corpus is not None:
+        return fuzz(arguments.targets[0], arguments.runs, arguments.seconds, arguments.corpus)
     from fuzz.targets import TARGETS
 
     OUT.mkdir(exist_ok=True)
     for name in arguments.targets or TARGETS:
         print(f"fuzzing {name}", flush=True)
-        limits = ["--runs", str(arguments.runs), "--seconds", str(arguments.seconds)]
-        finished = subprocess.run(
-            [sys.executable, "-m", "fuzz", name, *limits, "--here"], stderr=subprocess.PIPE, text=True, check=False
-        )
-        if finished.returncode != 0:
-            print(finished.stderr[-6_000:], file=sys.stderr)
-            print(f"{name}: a finding; its input is in {OUT}/", file=sys.stderr)
+        with tempfile.TemporaryDirectory() as folder:
+            for number, seed in enumerate(TARGETS[name].seeds):
+                (Path(folder) / str(number)).write_bytes(seed)
+            limits = ["--runs", str(arguments.runs), "--seconds", str(arguments.seconds)]
+            finished = subprocess.run(
+                [sys.executable, "-m", "fuzz", name, *limits, "--corpus", folder],
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
+            )
+            if finished.returncode != 0:
+                print(finished.stderr[-6_000:], file=sys.stderr)
+                print(f"{name}: a finding; its input is in {OUT}/", file=sys.stderr)
+                return 1
+            grown = grown_blocks(TARGETS[name].run, [path.read_bytes() for path in Path(folder).iterdir()])
+        if grown > MAX_GROWN_BLOCKS:
+            print(f"{name}: {grown} memory blocks stay behind when inputs are read again", file=sys.stderr)
             return 1
         print(f"  {finished.stderr.strip().splitlines()[-1]}", flush=True)
     return 0
 
 
-def fuzz(name: str, runs: int, seconds: int) -> int:
-    """Fuzz one target in this process. With atheris this does not return."""
+def fuzz(name: str, runs: int, seconds: int, corpus: Path) -> int:
+    """Fuzz one target in this process, and keep interesting inputs in `corpus`. With atheris this does not return."""
     if find_spec("atheris") is None:
         return fuzz_by_hypothesis(name, runs, seconds)
     import atheris
@@ -65,13 +82,10 @@ def fuzz(name: str, runs: int, seconds: int) -> int:
     with atheris.instrument_imports(include=["meter_agent.framing"]):
         targets = importlib.import_module("fuzz.targets")
     target = targets.TARGETS[name]
-    with tempfile.TemporaryDirectory() as folder:
-        for number, seed in enumerate(target.seeds):
-            (Path(folder) / str(number)).write_bytes(seed)
-        limits = [f"-runs={runs}", f"-max_total_time={seconds}", f"-rss_limit_mb={MAX_RSS_MB}", "-timeout=10"]
-        options = [f"-max_len={MAX_INPUT_BYTES}", f"-artifact_prefix={OUT}/{name}-", "-print_final_stats=0", "-seed=1"]
-        atheris.Setup(["fuzz", *limits, *options, folder], watched(target.run))
-        atheris.Fuzz()
+    limits = [f"-runs={runs}", f"-max_total_time={seconds}", f"-rss_limit_mb={MAX_RSS_MB}", "-timeout=10"]
+    options = [f"-max_len={MAX_INPUT_BYTES}", f"-artifact_prefix={OUT}/{name}-", "-print_final_stats=0", "-seed=1"]
+    atheris.Setup(["fuzz", *limits, *options, str(corpus)], target.run)
+    atheris.Fuzz()
     return 0
 
 
@@ -109,23 +123,23 @@ def fuzz_by_hypothesis(name: str, runs: int, seconds: int) -> int:
     return 0
 
 
-def watched(run: Callable[[bytes], None]) -> Callable[[bytes], None]:
-    """`run`, but failing when memory blocks pile up from input to input."""
-    seen = 0
-    blocks_then = 0
-
-    def run_and_count(data: bytes) -> None:
-        nonlocal seen, blocks_then
+def grown_blocks(run: Callable[[bytes], None], inputs: list[bytes]) -> int:
+    """Memory blocks of Python that stay behind each time that all inputs are read REPLAYS times more."""
+    for data in inputs:
         run(data)
-        seen += 1
-        if seen == WARM_UP_INPUTS:
-            blocks_then = sys.getallocatedblocks()
-        elif seen > WARM_UP_INPUTS and seen % CHECK_EVERY_INPUTS == 0:
-            grown = sys.getallocatedblocks() - blocks_then
-            if grown > MAX_GROWN_BLOCKS:
-                raise MemoryError(f"{grown} memory blocks more than after {WARM_UP_INPUTS} inputs")
-
-    return run_and_count
+    gc.collect()
+    grown = 0
+    before = sys.getallocatedblocks()
+    for _ in range(MAX_COUNTS):
+        for _ in range(REPLAYS):
+            for data in inputs:
+                run(data)
+        gc.collect()
+        grown = sys.getallocatedblocks() - before
+        if grown <= MAX_GROWN_BLOCKS:
+            break
+        before += grown
+    return grown
 
 
 if __name__ == "__main__":
