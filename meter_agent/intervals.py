@@ -189,7 +189,7 @@ def advance(state: MeterState, sample: Sample, rules: MeterRules) -> Step:
         return _accept(state, reading.anchor, reading.anchor, rules)
     state, clock_events = _follow_clock(state, reading.anchor)
     step = _take(state, reading, rules)
-    return replace(step, events=clock_events + step.events, keep=step.keep or bool(clock_events))
+    return replace(step, events=clock_events + step.events, keep=True) if clock_events else step
 
 
 def next_boundary_s(time_s: float, interval_s: int) -> int:

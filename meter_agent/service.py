@@ -289,6 +289,7 @@ class Agent:
                     "reading": None if meter.newest is None else sample_json(meter.newest),
                     "fault": self._fault_of(meter),
                     "waiting": meter.waiting,
+                    "unassigned_wh": meter.state.unassigned_wh,
                 }
                 for meter in self._meters.values()
             },
