@@ -119,7 +119,8 @@ class Transfer:
     order: bytes | None
 
 
-class Deliver(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Deliver:
     """Gives slices that the submitter owns to the consumer behind `pseudonym`, for the demand of `[start_s, end_s)`.
 
     `commitment` stands for the signed demand that stays off the ledger. No slices: puts on record what is unmatched.
@@ -281,8 +282,7 @@ def decode_operation(raw: bytes) -> Operation:
     except MalformedMessage:
         # Only now is it worth naming the field: nearly all operations are well formed and this is the hot path.
         if type(data[1]) is list and len(data[1]) == len(row.items):
-            names = row.into._fields if issubclass(row.into, tuple) else row.into.__slots__
-            for field_name, codec, item in zip(names, row.items, data[1], strict=True):
+            for field_name, codec, item in zip(row.into.__slots__, row.items, data[1], strict=True):
                 codec.decode(item, f"{name}.{field_name}")
         raise
     return operation

@@ -29,7 +29,7 @@ from broker.protocol.market_time import Interval, MarketCalendar
 from broker.protocol.messages import Carrier, DeliveredLine, Delivery, DeliveryState, MessageType
 from broker.protocol.sources import Source
 from broker.protocol.topics import Topics
-from broker.service.batches import BatchDesk, in_batches
+from broker.service.batches import FULL_BATCH_OPERATIONS, BatchDesk, in_batches
 from broker.service.outputs import Identity, Outputs
 from broker.service.registry import Account, Consumer, ContractVersion, Registry
 from broker.service.store import (
@@ -96,7 +96,8 @@ class Cycle:
         self._desk = desk
         self._outputs = outputs
         self._short: dict[tuple[str, int], ShortDemand] = {}
-        self._told: dict[bytes, list[Delivery]] = {}
+        self._told: dict[bytes, list[tuple[str, bytes]]] = {}
+        """By batch: sealed delivery messages with their meters, sent when the ledger has committed the batch."""
         self._reported = 0
         self.current: Interval | None = None
         self.first_start_s = 0
@@ -238,23 +239,24 @@ class Cycle:
         opened = [demand.open(accounts[demand.row.meter]) for demand in demands]
         available = self._stock.available(Interval(start_s, start_s + self._calendar.interval_s))
         clearing = settle(opened, available) if settling else fill_lines(opened, available)
-        self._carry_out(demands, clearing.taken, accounts, start_s, settling=settling)
+        # By pseudonym, so that the order in a batch says nothing about who is who. Slices are cut in the same order:
+        # each asset is then used up from its first Wh on, and the ledger never sees it held in many pieces.
+        takings = sorted(zip(demands, clearing.taken, strict=True), key=lambda item: item[0].row.pseudonym or b"")
+        # A batch's worth at a time, from slice to row, while all of it is in the processor's cache.
+        for first in range(0, len(takings), FULL_BATCH_OPERATIONS):
+            self._carry_out(takings[first : first + FULL_BATCH_OPERATIONS], accounts, start_s, settling=settling)
         return clearing
 
     def _carry_out(
         self,
-        demands: list[ShortDemand],
-        takings: Sequence[Sequence[Taken]],
+        takings: Sequence[tuple[ShortDemand, Sequence[Taken]]],
         accounts: dict[str, Account],
         start_s: int,
         *,
         settling: bool,
     ) -> None:
         decided: list[tuple[ShortDemand, bytes, list[tuple[Taken, HeldSlice]]]] = []
-        # By pseudonym, so that the order in a batch says nothing about who is who. Slices are cut in the same order:
-        # each asset is then used up from its first Wh on, and the ledger never sees it held in many pieces.
-        by_pseudonym = sorted(zip(demands, takings, strict=True), key=lambda item: item[0].row.pseudonym or b"")
-        for demand, taken in by_pseudonym:
+        for demand, taken in takings:
             slices = [(item, held) for item in taken for held in self._stock.take(item.source, start_s, item.energy_wh)]
             # A demand that got nothing at all still goes on record, once, when it is settled.
             if not slices and not (settling and demand.slices == 0):
@@ -264,7 +266,7 @@ class Cycle:
                 decided.append((demand, self._deliver_operation(demand, start_s, part), part))
         changed: dict[str, Account] = {}
         delivered = []
-        for demand, taken in zip(demands, takings, strict=True):
+        for demand, taken in takings:
             energy_wh = sum([item.energy_wh for item in taken])
             demand.taken.extend(taken)
             demand.delivered_wh += energy_wh
@@ -333,10 +335,10 @@ class Cycle:
                     )
                 )
                 demand.slices += 1
-            if demand.delivered_wh == demand.row.energy_wh:
-                told.append(delivery_message(demand.row, demand.taken, DeliveryState.FINAL, self._calendar))
-            elif part:
-                told.append(delivery_message(demand.row, demand.taken, DeliveryState.OPEN, self._calendar))
+            whole = demand.delivered_wh == demand.row.energy_wh
+            if whole or part:
+                state = DeliveryState.FINAL if whole else DeliveryState.OPEN
+                told.append(self._sealed(delivery_message(demand.row, demand.taken, state, self._calendar)))
         self._store.add_deliveries(rows)
         self._told[batch.batch_id] = told
 
@@ -371,17 +373,17 @@ class Cycle:
         """Tell the meters what they got."""
         if batch.kind is BatchKind.DELIVER:
             told = self._told.pop(batch.batch_id, None)
-            for delivery in self._told_before(batch) if told is None else told:
-                self._send_delivery(delivery)
+            for meter, delivery in self._told_before(batch) if told is None else told:
+                self._send_delivery(meter, delivery)
         elif batch.kind is BatchKind.CLOSE:
             for row in self._store.short_demands(batch.start_s):
-                self._send_delivery(self.delivery_for(row))
+                self._send_delivery(*self._sealed(self.delivery_for(row)))
 
-    def _told_before(self, batch: BatchRow) -> list[Delivery]:
+    def _told_before(self, batch: BatchRow) -> list[tuple[str, bytes]]:
         """The deliveries of a batch that was made before a restart."""
         meters = {row.meter for row in self._store.deliveries_of_batch(batch.start_s, batch.number)}
         rows = [self._store.message(batch.start_s, meter, MessageType.DEMAND, 0) for meter in sorted(meters)]
-        return [self.delivery_for(row) for row in rows if row is not None]
+        return [self._sealed(self.delivery_for(row)) for row in rows if row is not None]
 
     def refused(
         self, batch: BatchRow, deliveries: Sequence[Deliver], demand_at_fault: bytes | None, reason: str
@@ -442,12 +444,15 @@ class Cycle:
         if self._desk.waits_for(BatchKind.DELIVER, row.start_s) or self._desk.waits_for(BatchKind.CLOSE, row.start_s):
             return  # The ledger may still refuse it. The meter is told when it is committed.
         if row.delivered_wh or self.is_closed(row.start_s):
-            self._send_delivery(self.delivery_for(row))
+            self._send_delivery(*self._sealed(self.delivery_for(row)))
 
-    def _send_delivery(self, delivery: Delivery) -> None:
+    def _sealed(self, delivery: Delivery) -> tuple[str, bytes]:
+        """The meter, and the message for it."""
+        return delivery.meter, self._identity.seal(delivery)
+
+    def _send_delivery(self, meter: str, delivery: bytes) -> None:
         # QoS 0: an agent that misses it sends its demand again and gets the same answer.
-        topic = self._topics.meter(self._identity.name, delivery.meter, "delivery")
-        self._outputs.publish(topic, self._identity.seal(delivery), qos=0)
+        self._outputs.publish(self._topics.meter(self._identity.name, meter, "delivery"), delivery, qos=0)
 
 
 def delivery_message(

@@ -183,10 +183,10 @@ CASES = [
     Case(Fault.DEMAND_BROKER, (deliver(1, 10),), before=(b1(deliver(1, 10)),), by="b2"),
     Case(Fault.DEMAND_CHANGED, (deliver(1, 11),), before=(b1(deliver(1, 10)),)),
     Case(Fault.DEMAND_CHANGED, (deliver(1, 10, commitment=b"d" * 32),), before=(b1(deliver(1, 10)),)),
-    Case(Fault.OUTSIDE_WINDOW, (deliver(1, 10, ("solar-1", 0, 5))._replace(start_s=NEXT, end_s=NEXT + INTERVAL_S),)),
+    Case(Fault.OUTSIDE_WINDOW, (replace(deliver(1, 10, ("solar-1", 0, 5)), start_s=NEXT, end_s=NEXT + INTERVAL_S),)),
     Case(
         Fault.OUTSIDE_WINDOW,
-        (deliver(1, 10, ("solar-1", 0, 5))._replace(start_s=T0 - INTERVAL_S, end_s=T0, window=Window.DAY),),
+        (replace(deliver(1, 10, ("solar-1", 0, 5)), start_s=T0 - INTERVAL_S, end_s=T0, window=Window.DAY),),
     ),
     Case(Fault.OUTSIDE_AREA, (deliver(1, 10, ("solar-1", 0, 5), area="south"),)),
     Case(Fault.DEMAND_EXCEEDED, (deliver(1, 10, ("solar-1", 0, 5), ("solar-1", 5, 11)),)),

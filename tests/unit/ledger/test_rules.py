@@ -167,7 +167,7 @@ def test_windows(window: Window, asset_start_s: int, fits: bool) -> None:
         take("hydro-1", 0, 10, owner="carol", start_s=asset_start_s),
     )
     operation = deliver(1, 10, ("hydro-1", 0, 10), start_s=asset_start_s)
-    operation = operation._replace(start_s=T0, end_s=NEXT, window=window)
+    operation = replace(operation, start_s=T0, end_s=NEXT, window=window)
     if fits:
         world.apply(operation)
     else:
@@ -356,7 +356,7 @@ class Market(RuleBasedStateMachine):
         name = pseudonym(consumer * 2 + (by == "b2"))
         demanded_wh = self.demanded.get(name, demanded_wh)
         wanted = [(device, wh) for wh in range(start, start + length)]
-        operation = deliver(0, demanded_wh, (device, start, start + length), area=area)._replace(pseudonym=name)
+        operation = replace(deliver(0, demanded_wh, (device, start, start + length), area=area), pseudonym=name)
         accepted = self.attempt(operation, by)
         got = sum(consumer == name for consumer in self.delivered.values())
         possible = (
