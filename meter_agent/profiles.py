@@ -228,6 +228,13 @@ class MeterProfile:
                     raise WrongValue(f"registers.{quantity}.scale_factor", "a scale factor in SunSpec models only")
         if len(self.references) < 2:
             raise WrongValue("references", "at least two references, each with url and quote")
+        if not self.confirmed and not any(reference.unconfirmed for reference in self.references):
+            raise WrongValue("references", "two different pages that were read, or `unconfirmed` on what was not read")
+
+    @property
+    def confirmed(self) -> bool:
+        """True if two pages were opened and read. If not, readings are to be compared with the display."""
+        return len({reference.url for reference in self.references if not reference.unconfirmed}) >= 2
 
 
 def profile_directory() -> Path:

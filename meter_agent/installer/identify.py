@@ -79,7 +79,9 @@ def judge(look: Look) -> Verdict:
         len(missing) + bool(look.doubt)
     )
     reasons = _reasons(look, missing, counters, implausible)
-    if look.model is not None or (profile.sunspec is not None and not implausible):
+    if not profile.confirmed and not implausible:
+        fit = Fit.POSSIBLE
+    elif look.model is not None or (profile.sunspec is not None and not implausible):
         fit = Fit.CERTAIN
     elif implausible:
         fit = Fit.NONE
@@ -118,6 +120,8 @@ def _reasons(look: Look, missing: list[Quantity], counters: list[int], implausib
         reasons.append(f"it says that it is a {look.model}")
     if look.profile.sunspec is not None:
         reasons.append("it carries SunSpec's mark and a model of this profile")
+    if not look.profile.confirmed:
+        reasons.append("the profile is unconfirmed, compare with the display")
     if look.doubt:
         reasons.append(look.doubt)
     if missing:

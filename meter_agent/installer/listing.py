@@ -13,11 +13,15 @@ from meter_agent import config
 from meter_agent.profiles import MeterProfile, Register, load_profile, profile_names
 
 MODBUS_WIRES = ("modbus_rtu", "modbus_tcp")
+UNCONFIRMED = "unconfirmed: compare with the display"
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One line of the list. `wires` are the values that `protocol` may have in a config for it."""
+    """One line of the list. `wires` are the values that `protocol` may have in a config for it.
+
+    `confirmed` is False for a profile with fewer than two pages behind it that somebody has read.
+    """
 
     name: str
     maker: str
@@ -26,6 +30,12 @@ class Entry:
     line: str
     values: tuple[str, ...]
     caveats: tuple[str, ...]
+    confirmed: bool = True
+
+    @property
+    def models_text(self) -> str:
+        """The models, and a warning where the profile is unconfirmed."""
+        return ", ".join(self.models) + ("" if self.confirmed else f" ({UNCONFIRMED})")
 
     def as_json(self) -> dict[str, Any]:
         """The same for `--json`."""
@@ -33,7 +43,7 @@ class Entry:
 
     def matches(self, words: Sequence[str]) -> bool:
         """True if each word stands somewhere in it, in either case."""
-        text = " ".join((self.name, self.maker, *self.models, *self.wires, self.line, *self.caveats)).lower()
+        text = " ".join((self.name, self.maker, self.models_text, *self.wires, self.line, *self.caveats)).lower()
         return all(word.lower() in text for word in words)
 
 
@@ -52,6 +62,7 @@ def entry_of(profile: MeterProfile) -> Entry:
         line=serial_line_text(profile),
         values=tuple(sorted({quantity for _, registers in _register_sets(profile) for quantity in registers})),
         caveats=tuple(caveat.text for caveat in profile.caveats),
+        confirmed=profile.confirmed,
     )
 
 
@@ -66,7 +77,7 @@ def table(found: Iterable[Entry]) -> str:
     rows = [("NAME", "MAKER", "WIRE", "VALUES", "MODELS")]
     for entry in found:
         wire = " ".join(filter(None, ("/".join(entry.wires), entry.line)))
-        rows.append((entry.name, entry.maker, wire, ", ".join(entry.values), ", ".join(entry.models)))
+        rows.append((entry.name, entry.maker, wire, ", ".join(entry.values), entry.models_text))
     return columns(rows)
 
 
@@ -81,6 +92,8 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
 def description(profile: MeterProfile) -> str:
     """Everything about one profile that an installer wants to know."""
     lines = [f"{profile.name}: {profile.maker} {', '.join(profile.models)}"]
+    if not profile.confirmed:
+        lines.append(f"  {UNCONFIRMED}")
     lines.append(f"  serial line as delivered: {serial_line_text(profile) or 'set it in the config'}")
     for title, registers in _register_sets(profile):
         lines.append(f"  {title}:")

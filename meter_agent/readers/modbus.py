@@ -44,6 +44,8 @@ from meter_agent.profiles import (
 from meter_agent.readings import Clock, ReadFailure, Sample
 from meter_agent.request_plan import Span, plan_requests
 
+log = logging.getLogger("meter-agent")
+
 SERIAL_NUMBER_MAX_AGE_S: Final = 900
 """How often the serial number is read again while nothing happens, so that a swapped meter is noticed in time."""
 
@@ -474,6 +476,12 @@ def create_modbus_reader(meter: NamedMeter, clock: Clock, serial_lines: dict[str
         line = serial_lines.setdefault(str(config.port), ModbusLine(target))
         if line.target != target:
             raise WrongValue(where, f"the same baud, parity and stop_bits for all meters on {config.port}")
+    if not profile.confirmed:
+        log.warning(
+            "%s: the profile %s is unconfirmed; compare `meter-agent read` with the display before you rely on it",
+            meter.name,
+            profile.name,
+        )
     billed = meter.config.register_name
     return ModbusReader(meter.name, profile, billed, line, config.device_id, config.timeout_s, clock)
 

@@ -169,6 +169,27 @@ def test_check_config_says_the_same_in_json(config_file: Path, capsys: pytest.Ca
     assert (said["ok"], said["file"], said["key"]) == (False, str(config_file), "meters.house.capcity_w")
 
 
+@pytest.mark.parametrize("command", ["check-config", "read"])
+def test_an_unconfirmed_profile_is_warned_of_by_meter(
+    command: str, config_file: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    _replace(config_file, "eastron-sdm630", "acrel-adw300")
+    assert cli.main([command, "--config", str(config_file)]) == (0 if command == "check-config" else 1)
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith("house: the profile acrel-adw300 is unconfirmed; compare")
+
+
+def test_profiles_lists_what_is_unconfirmed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["profiles", "acrel"]) == 0
+    assert "ADW300 (unconfirmed: compare with the display)" in capsys.readouterr().out
+    assert cli.main(["profiles", "--json", "unconfirmed"]) == 0
+    assert [json.loads(line)["name"] for line in capsys.readouterr().out.splitlines()] == ["acrel-adw300"]
+    assert cli.main(["profiles", "show", "acrel-adw300"]) == 0
+    assert "  unconfirmed: compare with the display\n" in capsys.readouterr().out
+    assert cli.main(["profiles", "eastron", "--json"]) == 0
+    assert all(json.loads(line)["confirmed"] for line in capsys.readouterr().out.splitlines())
+
+
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [

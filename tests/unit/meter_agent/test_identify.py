@@ -26,6 +26,12 @@ def test_the_meters_own_word_makes_it_certain() -> None:
     assert judge(Look(SUNSPEC, replace(SHOWN, import_mwh=None, export_mwh=1, power_w=0))).fit is Fit.CERTAIN
 
 
+def test_an_unconfirmed_profile_fits_perhaps_at_best() -> None:
+    judged = judge(Look(load_profile("acrel-adw300"), SHOWN))
+    assert judged.fit is Fit.POSSIBLE
+    assert "the profile is unconfirmed, compare with the display" in judged.reasons
+
+
 def test_another_model_zeros_and_missing_values_leave_doubt() -> None:
     another = judge(Look(SDM630, SHOWN, doubt="it names another model", contradicted=True))
     assert another.fit is Fit.POSSIBLE
