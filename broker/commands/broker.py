@@ -1,0 +1,86 @@
+"""`energy-broker run`, `check-config`, `statement` and `list`: a broker and its tables."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from broker.commands.common import DONE, add_command, add_config_option, print_csv, print_row
+from broker.config import load_broker_config, load_genesis
+from broker.protocol.keys import load_private_key
+from broker.protocol.messages import NamedKey
+from firmware_config.loader import ConfigError
+
+
+def add_commands(commands: Any) -> None:
+    from broker.service.registration import TABLES
+
+    add_config_option(add_command(commands, "run", "Run the broker until it is told to stop (SIGTERM).", _run))
+    parser = add_command(commands, "check-config", "Check a config file and everything it names.", _check_config)
+    parser.add_argument("config", type=Path, metavar="FILE", help="the broker's config file (TOML)")
+    statement = add_command(
+        commands, "statement", "Put signed statements on the ledger when the broker runs.", _statement_add
+    )
+    add_config_option(statement)
+    statement.add_argument("statements", type=Path, nargs="+", metavar="FILE", help="signed statements")
+    listing = add_command(commands, "list", "List or export a table of the broker.", _list)
+    add_config_option(listing)
+    listing.add_argument("table", choices=TABLES, help="which table")
+    form = listing.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="one JSON object a line")
+    form.add_argument("--csv", action="store_true", help="CSV with a header")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from broker.service.run import run_broker
+
+    return run_broker(load_broker_config(options.config))
+
+
+def _check_config(options: argparse.Namespace) -> int:
+    config = load_broker_config(options.config)
+    load_private_key(config.broker.key_file)
+    genesis = load_genesis(config.ledger.genesis_file)
+    if config.ledger.host is not None:
+        key = load_private_key(config.ledger.host.key_file)
+        if NamedKey(config.ledger.host.validator, key.public.cose_key) not in genesis.validators:
+            raise ConfigError(options.config, "ledger.host.validator", "a validator of the genesis, with its key")
+    if config.broker.clock == "conductor" and not genesis.simulated:
+        raise ConfigError(options.config, "broker.clock", "'system', since this ledger is not simulated")
+    for key_name in ("password_file", "ca_file", "certificate_file", "key_file"):
+        path: Path | None = getattr(config.mqtt, key_name)
+        if path is not None and not path.is_file():
+            raise ConfigError(options.config, f"mqtt.{key_name}", f"a file that is there, not {path}")
+    print(f"{options.config}: broker {config.broker.name} on ledger {genesis.ledger}: fine")
+    return DONE
+
+
+def _statement_add(options: argparse.Namespace) -> int:
+    from broker.service.registration import add_statement
+    from broker.service.store import BrokerStore
+
+    config = load_broker_config(options.config)
+    store = BrokerStore(config.database)
+    try:
+        for path in options.statements:
+            print(f"{path}: {add_statement(store, path.read_bytes()).name.lower()}, kept for the ledger")
+    finally:
+        store.close()
+    return DONE
+
+
+def _list(options: argparse.Namespace) -> int:
+    from broker.service.registration import rows_of
+    from broker.service.store import BrokerStore
+
+    config = load_broker_config(options.config)
+    store = BrokerStore(config.database)
+    try:
+        rows = rows_of(store, options.table)
+        if options.csv:
+            print_csv(rows)
+        else:
+            for row in rows:
+                print_row(row, as_json=options.json)
+    finally:
+        store.close()
+    return DONE

@@ -1,0 +1,100 @@
+"""What the subcommands share: exit codes, parsers' parts, reading arguments, printing rows."""
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from broker.config import load_genesis, parse_public_key
+from broker.protocol.envelope import seal
+from broker.protocol.errors import MalformedMessage
+from broker.protocol.keys import load_private_key
+from broker.protocol.messages import Message, NamedKey
+from firmware_config.loader import WrongValue
+
+DONE: Final = 0
+FAILED: Final = 1
+USAGE: Final = 2
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def add_command(commands: Any, name: str, text: str, command: Command) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(command=command)
+    return parser
+
+
+def add_group(commands: Any, name: str, text: str) -> Any:
+    return commands.add_parser(name, help=text, description=text).add_subparsers(required=True, metavar="COMMAND")
+
+
+def add_config_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the broker's config file (TOML)")
+
+
+def add_signing_options(parser: argparse.ArgumentParser, who: str) -> None:
+    parser.add_argument("--genesis", type=Path, required=True, metavar="FILE", help="the ledger's genesis file")
+    parser.add_argument("--name", required=True, metavar="NAME", help=f"the name of {who}")
+    parser.add_argument("--key", type=Path, required=True, metavar="FILE", help=f"the private key of {who}")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the signed statement")
+
+
+def write_signed(options: argparse.Namespace, message: Message) -> int:
+    """Sign a statement and write it, after a look at whether it would be accepted as a message."""
+    try:
+        type(message).from_payload(message.to_payload())
+    except MalformedMessage as error:
+        raise WrongValue(error.where, error.expected) from error
+    genesis = load_genesis(options.genesis)
+    key = load_private_key(options.key)
+    options.out.write_bytes(seal(message, key, genesis.ledger, options.name))
+    return DONE
+
+
+def named_key(text: str) -> NamedKey:
+    name, _, key = text.partition("=")
+    return NamedKey(name, parse_public_key(key).cose_key)
+
+
+def not_negative(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, got {number}")
+    return number
+
+
+def time_of(text: str) -> int:
+    """UTC epoch seconds of an ISO 8601 time with its zone."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise WrongValue("time", f"for example 2026-01-31T00:00:00Z, got {text!r}") from None
+    if moment.tzinfo is None:
+        raise WrongValue("time", f"a time with its zone, for example {text}Z")
+    return int(moment.astimezone(UTC).timestamp())
+
+
+def print_row(row: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(row, separators=(",", ":")))
+    else:
+        print("  ".join(f"{key}={value}" for key, value in row.items() if value is not None))
+
+
+def print_csv(rows: Iterable[dict[str, Any]]) -> None:
+    writer = None
+    for row in rows:
+        if writer is None:
+            writer = csv.DictWriter(sys.stdout, list(row), lineterminator="\n")
+            writer.writeheader()
+        writer.writerow({key: _in_a_cell(value) for key, value in row.items()})
+
+
+def _in_a_cell(value: Any) -> Any:
+    """Lists and tables within a row stand as JSON in their cell."""
+    return json.dumps(value) if isinstance(value, dict | list) else value

@@ -1,0 +1,161 @@
+"""`energy-broker ledger`: found a ledger, and look into one."""
+
+import argparse
+import json
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import fields, is_dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+from broker.commands.common import DONE, FAILED, add_command, add_group, named_key, print_csv, print_row
+from broker.config import load_genesis
+from broker.ledger.operations import Operation
+from broker.protocol.errors import MalformedMessage
+from broker.protocol.market_time import MarketCalendar
+from broker.protocol.messages import Genesis
+from broker.protocol.sources import Source, SourceGroup
+from firmware_config.loader import WrongValue
+
+
+def add_commands(commands: Any) -> None:
+    group = add_group(commands, "ledger", "Found a ledger, and look into one.")
+    genesis = add_command(group, "genesis", "Write the genesis file that a ledger is founded on.", _ledger_genesis)
+    genesis.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write it")
+    genesis.add_argument("--ledger", required=True, metavar="ID", help="the ledger's name")
+    genesis.add_argument("--interval-s", type=int, default=1800, help="market interval: 900, 1800 (default) or 3600")
+    genesis.add_argument("--gate-1-s", type=int, default=600, help="gate 1, after the end of an interval")
+    genesis.add_argument("--gate-2-s", type=int, default=1200, help="gate 2, after the end of an interval")
+    genesis.add_argument(
+        "--correction-deadline-s",
+        type=int,
+        default=90 * 86_400,
+        help="until when readings can be corrected; default: 90 days",
+    )
+    genesis.add_argument("--currency", default="EUR", help="of all prices; default: EUR")
+    genesis.add_argument(
+        "--area",
+        action="append",
+        required=True,
+        metavar="NAME",
+        help="market area; may be repeated, a broker clears the first",
+    )
+    genesis.add_argument(
+        "--registrar", action="append", required=True, metavar="NAME=KEY", help="admits parties; may be repeated"
+    )
+    genesis.add_argument("--validator", action="append", required=True, metavar="NAME=KEY", help="signs the blocks")
+    genesis.add_argument(
+        "--conductor", metavar="NAME=KEY", help="makes it a simulated ledger whose time this one ticks"
+    )
+    trust = add_command(
+        group, "trust", "Print the trust file (ledger id and public keys) of a genesis file.", _ledger_trust
+    )
+    trust.add_argument("--genesis", type=Path, required=True, metavar="FILE", help="the ledger's genesis file")
+    verify = add_command(
+        group, "verify", "Check a ledger from its first block: exit 0 only if all of it holds.", _ledger_verify
+    )
+    verify.add_argument("path", type=Path, metavar="PATH", help="the ledger's directory")
+    show = add_command(group, "show", "Print what stands on a ledger.", _ledger_show)
+    show.add_argument("path", type=Path, metavar="PATH", help="the ledger's directory")
+    show.add_argument(
+        "what",
+        choices=("head", "blocks", "operations", "assets", "demands", "deliveries", "orders"),
+        help="head is the last block with its hashes",
+    )
+    show.add_argument("--json", action="store_true", help="one JSON object a line")
+    audit = add_command(group, "audit", "Print the books of a ledger: per source and interval, as CSV.", _ledger_audit)
+    audit.add_argument("path", type=Path, metavar="PATH", help="the ledger's directory")
+
+
+def _ledger_genesis(options: argparse.Namespace) -> int:
+    try:
+        MarketCalendar(options.interval_s, options.gate_1_s, options.gate_2_s)
+    except ValueError as error:
+        raise WrongValue("ledger genesis", str(error)) from error
+    genesis = Genesis(
+        options.ledger,
+        options.interval_s,
+        options.gate_1_s,
+        options.gate_2_s,
+        options.correction_deadline_s,
+        options.currency,
+        tuple(options.area),
+        tuple(named_key(text) for text in options.registrar),
+        tuple(named_key(text) for text in options.validator),
+        options.conductor is not None,
+        named_key(options.conductor) if options.conductor is not None else None,
+    )
+    raw = genesis.to_bytes()
+    try:
+        Genesis.from_bytes(raw)
+    except MalformedMessage as error:
+        raise WrongValue(error.where, error.expected) from error
+    options.out.write_bytes(raw)
+    return DONE
+
+
+def _ledger_trust(options: argparse.Namespace) -> int:
+    from broker.ledger.trust import trust_of
+
+    print(json.dumps(trust_of(load_genesis(options.genesis)), indent=2, sort_keys=True))
+    return DONE
+
+
+def _ledger_verify(options: argparse.Namespace) -> int:
+    from broker.ledger.verify import verify_ledger
+
+    report = verify_ledger(options.path)
+    for error in report.errors:
+        print(f"{options.path}: {error}", file=sys.stderr)
+    verdict = "all of it holds" if report.ok else f"{len(report.errors)} faults; restore it from a copy that verifies"
+    print(
+        f"{options.path}: ledger {report.ledger}, height {report.height}, head {report.block_id.hex()},"
+        f" state {report.state_hash.hex()}: {verdict}"
+    )
+    return DONE if report.ok else FAILED
+
+
+def _ledger_show(options: argparse.Namespace) -> int:
+    from broker.ledger import inspect
+
+    views: dict[str, Callable[[Path], Iterable[Any]]] = {
+        "head": lambda path: deque(inspect.blocks(path), maxlen=1),
+        "blocks": inspect.blocks,
+        "operations": inspect.operations,
+        "assets": inspect.assets,
+        "demands": inspect.demands,
+        "deliveries": inspect.deliveries,
+        "orders": inspect.order_transfers,
+    }
+    for row in views[options.what](options.path):
+        print_row(_plain(row), as_json=options.json)
+    return DONE
+
+
+def _ledger_audit(options: argparse.Namespace) -> int:
+    from broker.ledger import inspect
+
+    print_csv(_plain(row) for row in inspect.totals(options.path))
+    return DONE
+
+
+def _plain(value: Any) -> Any:
+    """Values of the ledger's views as what JSON knows: records by name, bytes in hex, sources by their label."""
+    if isinstance(value, (Source, SourceGroup)):
+        return value.label
+    if isinstance(value, IntEnum):
+        return value.name.lower()
+    if isinstance(value, bytes):
+        return value.hex()
+    if is_dataclass(value):
+        record = {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+        return {"operation": type(value).__name__.lower(), **record} if isinstance(value, Operation) else record
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return {name: _plain(item) for name, item in value._asdict().items()}
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Operation):
+        return {"height": value[0], **_plain(value[1])}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,63 @@
+"""`energy-broker provider`: mandates of providers, and taking their devices on."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from broker.commands.common import (
+    DONE,
+    add_command,
+    add_config_option,
+    add_group,
+    add_signing_options,
+    not_negative,
+    time_of,
+    write_signed,
+)
+from broker.config import load_broker_config, load_genesis
+from broker.protocol.messages import EndOfMandate, Mandate
+
+
+def add_commands(commands: Any) -> None:
+    group = add_group(commands, "provider", "Mandates of providers, and taking them on.")
+    mandate = add_command(
+        group, "mandate", "Sign a mandate: this broker may take what the device makes.", _provider_mandate
+    )
+    add_signing_options(mandate, "the owner")
+    mandate.add_argument("--device", required=True, metavar="NAME", help="the device")
+    mandate.add_argument("--broker", required=True, metavar="NAME", help="who may take its energy")
+    mandate.add_argument("--from", dest="from_time", required=True, metavar="TIME", help="an interval's beginning")
+    end = add_command(group, "end-mandate", "Sign the end of a mandate at a coming boundary.", _provider_end_mandate)
+    add_signing_options(end, "the owner")
+    end.add_argument("--device", required=True, metavar="NAME", help="the device")
+    end.add_argument("--at", required=True, metavar="TIME", help="an interval's beginning, still to come")
+    add = add_command(group, "add", "Take devices under mandate from signed statements.", _provider_add)
+    add_config_option(add)
+    add.add_argument("--price", type=not_negative, required=True, metavar="PRICE", help="µ-currency per kWh")
+    add.add_argument(
+        "statements", type=Path, nargs="+", metavar="FILE", help="registration, admissions and mandates, signed"
+    )
+
+
+def _provider_mandate(options: argparse.Namespace) -> int:
+    return write_signed(options, Mandate(options.device, options.name, options.broker, time_of(options.from_time)))
+
+
+def _provider_end_mandate(options: argparse.Namespace) -> int:
+    return write_signed(options, EndOfMandate(options.device, options.name, time_of(options.at)))
+
+
+def _provider_add(options: argparse.Namespace) -> int:
+    from broker.service.registration import add_provider
+    from broker.service.store import BrokerStore
+
+    config = load_broker_config(options.config)
+    store = BrokerStore(config.database)
+    try:
+        statements = [path.read_bytes() for path in options.statements]
+        genesis = load_genesis(config.ledger.genesis_file)
+        devices = add_provider(store, genesis, config.broker.name, statements, options.price)
+    finally:
+        store.close()
+    print(f"taken on: {', '.join(devices)}")
+    return DONE
