@@ -11,7 +11,7 @@ from broker.ledger.merkle import Frontier
 from broker.ledger.opening import Charter, OpenedBatch
 from broker.ledger.rules import apply_batch
 from broker.ledger.state import ABSENT, Key, Overlay, Row, State, changes_of, state_hash_after
-from broker.protocol import cbor
+from broker.protocol import cbor, envelope
 from broker.protocol.envelope import Signer
 from broker.protocol.keys import public_key_from_cose
 from broker.protocol.messages import Block, Checkpoint, Genesis
@@ -19,7 +19,7 @@ from broker.protocol.messages import Block, Checkpoint, Genesis
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """Where a ledger stands. `block_id` is the message id of the last block, or the hash of the genesis before any."""
+    """Where a ledger stands. `block_id` is `block_id_of` the last block, or the hash of the genesis before any."""
 
     height: int
     block_id: bytes
@@ -60,6 +60,14 @@ def validators_of(genesis: Genesis) -> dict[bytes, Signer]:
     return {signer.key.key_id: signer for signer in signers}
 
 
+def block_id_of(raw: bytes) -> bytes:
+    """The id of a sealed block: SHA-256 of its payload. Raises MalformedMessage.
+
+    Not of the envelope: every node of a network seals the same payload with its own key, and all copies have one id.
+    """
+    return sha256(envelope.parse(raw).payload).digest()
+
+
 class Step:
     """The batches applied on top of a committed state, until a commit takes them over.
 
@@ -96,10 +104,12 @@ class Step:
             head.height + 1, head.block_id, batches, self._frontier.size, self._frontier.root(), self.state_hash
         )
 
-    def finish_block(self, block_id: bytes) -> None:
-        """The block is sealed under this id; the next one builds on it."""
+    def finish_block(self, raw: bytes) -> bytes:
+        """The block is sealed in these bytes; the next one builds on it. Returns its id."""
+        block_id = block_id_of(raw)
         frontier = self._frontier
         self.head = Head(self.head.height + 1, block_id, self.state_hash, frontier.size, tuple(frontier.peaks))
+        return block_id
 
     def written(self) -> dict[Key, Row | None]:
         """All rows that the batches wrote, for a cache."""

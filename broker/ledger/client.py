@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from broker.ledger.chain import genesis_hash, validators_of
+from broker.ledger.chain import block_id_of, genesis_hash, validators_of
 from broker.ledger.engine import BUSY
 from broker.ledger.holding import Holding, decode_holding
 from broker.ledger.limits import MAX_EARLY_BLOCKS, MAX_PENDING_BATCHES, RESEND_AFTER_S, RESEND_TO_NEW_NODE_S
@@ -378,7 +378,7 @@ class LedgerClient:
             return
         self._known_height = max(self._known_height, block.height)
         if self._phase is _Phase.ANCHORING and block.height == self._height:
-            self._block_id = opened.message_id
+            self._block_id = block_id_of(opened.raw)
             self._follow()
         elif block.height > self._height or self._phase is _Phase.LOADING:
             if len(self._early) >= MAX_EARLY_BLOCKS:
@@ -388,7 +388,11 @@ class LedgerClient:
             if self._phase is _Phase.FOLLOWING:
                 self._drain()
                 self._learn_height(self._known_height)
-        elif self._phase is _Phase.FOLLOWING and block.height == self._height and opened.message_id != self._block_id:
+        elif (
+            self._phase is _Phase.FOLLOWING
+            and block.height == self._height
+            and block_id_of(opened.raw) != self._block_id
+        ):
             self._stop(block.height, "two different blocks are signed for the same height")
 
     def _drain(self) -> None:
@@ -419,7 +423,7 @@ class LedgerClient:
             batch_id = self._own_raw[raw]
             self._forget(self._pending[batch_id])
             self._events.append(BatchCommitted(batch_id, block.height))
-        self._height, self._block_id = block.height, opened.message_id
+        self._height, self._block_id = block.height, block_id_of(opened.raw)
         self._events.append(BlockApplied(block.height))
         self._hand_over_holdings()
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from broker.ledger.chain import Head, Step, first_head, validators_of
+from broker.ledger.chain import Head, Step, block_id_of, first_head, validators_of
 from broker.ledger.engine import BUSY, ClientResult, Committed, HoldingsPage
 from broker.ledger.faults import RuleViolation
 from broker.ledger.holding import Holding, encode_holding
@@ -199,9 +199,7 @@ class EmbeddedLedger:
     def _sealed(self, step: Step, batches: list[bytes]) -> tuple[int, bytes, bytes]:
         block: Block = step.block(tuple(batches))
         raw = envelope.seal(block, self._validator_key, self.ledger, self._validator_name)
-        block_id = envelope.sealed_id(raw, self.ledger, self._validator_name)
-        step.finish_block(block_id)
-        return block.height, block_id, raw
+        return block.height, step.finish_block(raw), raw
 
 
 def _order(position: tuple[int, str, int, int]) -> bytes:
@@ -256,7 +254,7 @@ def _checked_head(path: Path, store: Store, genesis: Genesis) -> Head:
     block = opened.message
     if (
         not isinstance(block, Block)
-        or (height, block_id, opened.message_id) != (head.height, head.block_id, head.block_id)
+        or (height, block_id, block_id_of(raw)) != (head.height, head.block_id, head.block_id)
         or (block.height, block.state_hash, block.tree_size, block.root)
         != (head.height, head.state_hash, head.tree_size, checkpoint.root)
     ):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from broker.ledger.chain import Step, first_head, genesis_hash, validators_of
+from broker.ledger.chain import Step, block_id_of, first_head, genesis_hash, validators_of
 from broker.ledger.faults import LedgerInvariantBroken, RuleViolation
 from broker.ledger.opening import Charter, RefusedBatch, charter_of, open_batch
 from broker.ledger.rules import keys_read
@@ -155,7 +155,7 @@ class _Replay:
         except (ProtocolError, TypeError) as error:
             raise _Stop(f"{where}: {error}") from error
         block = opened.message
-        if not isinstance(block, Block) or opened.message_id != block_id or block.height != height:
+        if not isinstance(block, Block) or block_id_of(raw) != block_id or block.height != height:
             raise _Stop(f"{where}: the stored block is another one than its row says")
         if block.previous != step.head.block_id:
             raise _Stop(f"{where}: does not follow on the block before it")
@@ -173,7 +173,7 @@ class _Replay:
         for name in ("tree_size", "root", "state_hash"):
             if getattr(block, name) != getattr(expected, name):
                 raise _Stop(f"{where}: {name} is not what the operations up to here make")
-        step.finish_block(block_id)
+        step.finish_block(raw)
         self.head = step.head
         self.batches += len(block.batches)
         return found

@@ -3,6 +3,7 @@
 import os
 import sqlite3
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ def test_blocks_are_chained_and_signed_over_all_operations(ledger: EmbeddedLedge
         message = opened(raw).message
         assert isinstance(message, Block)
         assert (message.height, message.previous) == (height, previous)
-        previous = opened(raw).message_id
+        previous = sha256(envelope.parse(raw).payload).digest()
         for raw_batch in message.batches:
             leaves += [leaf_hash(item) for item in Batch.from_payload(envelope.parse(raw_batch).payload).operations]
         assert (message.tree_size, message.root) == (len(leaves), root_of(leaves))

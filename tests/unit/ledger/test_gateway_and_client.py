@@ -16,6 +16,7 @@ from support.ledger_world import (
     counting_bytes,
     deliver,
     found,
+    genesis,
     issue,
     key,
     order,
@@ -28,6 +29,7 @@ from support.ledger_world import (
 from broker.ledger import client as client_module
 from broker.ledger import embedded
 from broker.ledger import gateway as gateway_module
+from broker.ledger.chain import genesis_hash
 from broker.ledger.client import (
     BatchCommitted,
     BatchRefused,
@@ -44,7 +46,7 @@ from broker.ledger.limits import RESEND_AFTER_S
 from broker.ledger.operations import Close, Issue, Void
 from broker.protocol import envelope
 from broker.protocol.errors import BadSignature, MalformedMessage, ProtocolError, UnknownKey
-from broker.protocol.messages import Block, Page, Query, QueryKind, Result, ResultStatus
+from broker.protocol.messages import Block, NamedKey, Page, Query, QueryKind, Result, ResultStatus
 from broker.protocol.topics import Topics
 
 TOPICS = Topics()
@@ -435,6 +437,21 @@ def a_block(client: LedgerClient, **changes: Any) -> bytes:
         "state_hash": b"s" * 32,
     }
     return seal(Block(**(values | changes)), "node")
+
+
+def test_a_block_is_the_same_whichever_validator_sealed_it(net: Net) -> None:
+    """On a network every node seals a block with its own key; a client that changes nodes must not see a fork."""
+    two = genesis(validators=tuple(NamedKey(name, key(name).public.cose_key) for name in ("node", "other")))
+    client = LedgerClient(two, "b1", key("b1"), counting_bytes(), load_holdings=False)
+    first = Block(1, genesis_hash(two), (batch(Void(b"v" * 16), by="b2"),), 1, b"r" * 32, b"s" * 32)
+    sealed = [seal(first, name) for name in ("node", "other")]
+    assert sealed[0] != sealed[1]
+    for raw in sealed:
+        client.on_message("feed", raw)
+    assert kinds(client.events()) == [ForeignBatch, BlockApplied]
+    following = Block(2, client.block_id, (batch(Void(b"w" * 16), by="b2"),), 2, b"r" * 32, b"s" * 32)
+    client.on_message("feed", seal(following, "other"))
+    assert client.height == 2
 
 
 def test_a_ledger_that_contradicts_itself_stops_the_client(net: Net) -> None:

@@ -260,7 +260,7 @@ def test_the_state_hash_does_not_depend_on_block_borders() -> None:
     for operation in operations:
         one.apply(operation)
     for operation in operations:
-        other.step.finish_block(other.step.block((b"x",)).previous)
+        other.step.finish_block(seal(other.step.block((b"x",)), "node"))
         other.apply(operation)
     assert one.step.state_hash == other.step.state_hash
     other.apply(Void(b"q" * 16))

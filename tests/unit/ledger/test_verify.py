@@ -26,7 +26,7 @@ from support.ledger_world import (
 )
 
 from broker.ledger import inspect
-from broker.ledger.chain import genesis_hash
+from broker.ledger.chain import block_id_of, genesis_hash
 from broker.ledger.inspect import AssetLine, DemandLine, TotalLine
 from broker.ledger.operations import AssetId, Void
 from broker.ledger.state import Held
@@ -196,7 +196,7 @@ def test_a_validator_that_lies_is_found_out(copied: Path, changes: dict[str, obj
     raw = next(engine.blocks(3))
     engine.close()
     forged = resealed(raw, **changes)
-    block_id = envelope.sealed_id(forged, GENESIS.ledger, "node")
+    block_id = block_id_of(forged)
     damage(copied, "UPDATE blocks SET raw = ?, block_id = ? WHERE height = 3", forged, block_id)
     report = verify_ledger(copied)
     assert not report.ok
