@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 ACKNOWLEDGE: Final = 0xE5
+SHORT_START: Final = 0x10
 LONG_START: Final = 0x68
 STOP: Final = 0x16
 MAX_FRAME_BYTES: Final = 261
@@ -24,6 +25,7 @@ ELECTRICITY: Final = 0x02
 
 _RSP_UD: Final = (0x08, 0x18, 0x28, 0x38)
 _VARIABLE_DATA: Final = (0x72, 0x76)
+_HEADER_BYTES: Final = 12
 
 _INTEGER_BYTES: Final = {1: 1, 2: 2, 3: 3, 4: 4, 6: 6, 7: 8}
 _BCD_BYTES: Final = {9: 1, 10: 2, 11: 3, 12: 4, 14: 6}
@@ -90,7 +92,26 @@ class _Counter:
 
 def short_frame(control: int, address: int) -> bytes:
     """A request without data."""
-    return bytes([0x10, control, address, (control + address) & 0xFF, STOP])
+    return bytes([SHORT_START, control, address, (control + address) & 0xFF, STOP])
+
+
+def missing_bytes(answer: bytes) -> int:
+    """How many bytes of an answer are still to come, as far as can be told; 0: it is complete.
+
+    Raises MalformedFrame for what can be no frame.
+    """
+    if not answer:
+        return 1
+    if answer[0] == ACKNOWLEDGE:
+        return 0
+    if answer[0] != LONG_START:
+        # Perhaps the echo of a request that is not complete yet.
+        if len(answer) < 5 and answer[0] == SHORT_START:
+            return 5 - len(answer)
+        raise MalformedFrame(f"the answer starts with {answer[0]:02X}, as no frame does")
+    if len(answer) < 4:
+        return 4 - len(answer)
+    return max(0, answer[1] + 6 - len(answer))
 
 
 def check_envelope(frame: bytes, address: int) -> None:
@@ -110,6 +131,8 @@ def check_envelope(frame: bytes, address: int) -> None:
         raise MalformedFrame(f"meter {frame[5]} answers where {address} was asked; do two meters have one address?")
     if frame[6] not in _VARIABLE_DATA:
         raise MalformedFrame(f"the answer has the fixed structure or is an error ({frame[6]:02X}), which is not read")
+    if len(frame) < 7 + _HEADER_BYTES + 2:
+        raise MalformedFrame(f"the answer ends before it says who answers, after {len(frame)} bytes")
 
 
 def read_records(header: Header, records: Iterable[Record], export_subunit: int | None = None) -> MBusReading:

@@ -24,7 +24,6 @@ from meter_agent.config import MBusConfig, NamedMeter
 from meter_agent.framing.mbus import (
     ACKNOWLEDGE,
     FRAME_COUNT_BIT,
-    LONG_START,
     MAX_FRAME_BYTES,
     REQ_UD2,
     SND_NKE,
@@ -32,6 +31,7 @@ from meter_agent.framing.mbus import (
     MalformedFrame,
     Record,
     check_envelope,
+    missing_bytes,
     read_records,
     short_frame,
 )
@@ -92,7 +92,7 @@ class MBusLine:
         while True:
             # Some level converters echo what is sent.
             answer = received.removeprefix(request)
-            missing = _missing_bytes(answer)
+            missing = missing_bytes(answer)
             if missing == 0:
                 return answer
             wait_s = min(timeout_s, max(0.0, deadline_s - self._monotonic_s()))
@@ -102,22 +102,6 @@ class MBusLine:
                 what = f"after {len(answer)} bytes" if answer else "at all"
                 raise MalformedFrame(f"no answer {what} within {timeout_s:g} s; check address, baud rate and wiring")
             received += data
-
-
-def _missing_bytes(answer: bytes) -> int:
-    """How many bytes to wait for. Raises MalformedFrame for what can be no frame."""
-    if not answer:
-        return 1
-    if answer[0] == ACKNOWLEDGE:
-        return 0
-    if answer[0] != LONG_START:
-        # Perhaps an echo that is not complete yet.
-        if len(answer) < 5 and answer[0] == 0x10:
-            return 5 - len(answer)
-        raise MalformedFrame(f"the answer starts with {answer[0]:02X}, as no frame does")
-    if len(answer) < 4:
-        return 4 - len(answer)
-    return max(0, answer[1] + 6 - len(answer))
 
 
 class MBusReader:
@@ -209,7 +193,7 @@ def create_mbus_reader(meter: NamedMeter, config: MBusConfig, clock: Clock, line
 
     Raises WrongValue where pyMeterBus is not installed, or meters set one line differently.
     """
-    library = _import_meterbus(meter.name)
+    library = import_meterbus(meter.name)
     line = lines.setdefault(str(config.port), MBusLine(config.port, config.baud, config.parity))
     for key, ours, theirs in (("baud", config.baud, line.baud), ("parity", config.parity, line.parity)):
         if ours != theirs:
@@ -217,7 +201,7 @@ def create_mbus_reader(meter: NamedMeter, config: MBusConfig, clock: Clock, line
     return MBusReader(meter.name, config, line, clock, library)
 
 
-def _import_meterbus(meter: str) -> Any:
+def import_meterbus(meter: str) -> Any:
     """The library. It sets up the root logger when it is imported, which is ours to do, so that is undone."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level

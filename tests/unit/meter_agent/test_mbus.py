@@ -89,6 +89,15 @@ def test_a_cut_frame_is_refused(cut):
         check_envelope(FINDER[:cut], 0x19)
 
 
+@pytest.mark.parametrize("size", range(12))
+def test_a_whole_frame_without_a_whole_header_is_refused(size):
+    """Its checksum is right. Found by fuzzing: the library would raise an IndexError later on."""
+    body = bytes([0x08, 1, 0x72]) + FINDER[7 : 7 + size]
+    frame = bytes([0x68, len(body), len(body), 0x68]) + body + bytes([sum(body) & 0xFF, 0x16])
+    with pytest.raises(MalformedFrame, match=r"before it says who answers|does not start"):
+        read(frame, 1)
+
+
 def test_the_frame_of_another_address_or_kind_is_refused():
     with pytest.raises(MalformedFrame, match="meter 25 answers where 3 was asked"):
         check_envelope(FINDER, 3)
