@@ -10,36 +10,27 @@ import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
 
 from broker.ledger.chain import Head, Step, block_id_of, first_head, validators_of
-from broker.ledger.engine import BUSY, ClientResult, Committed, HoldingsPage
+from broker.ledger.engine import BUSY, ClientResult, Committed
 from broker.ledger.faults import RuleViolation
-from broker.ledger.holding import Holding, encode_holding
+from broker.ledger.holdings_view import HoldingsView
 from broker.ledger.limits import (
     BATCH_HEAD_BYTES,
     BLOCK_HEAD_BYTES,
     MAX_BLOCK_BATCHES,
-    MAX_HOLDINGS_ON_PAGE,
     MAX_QUEUED_BATCHES,
     MAX_QUEUED_BYTES,
 )
 from broker.ledger.opening import Charter, OpenedBatch, RefusedBatch, charter_of, open_batch, party_signer
-from broker.ledger.operations import AssetId
 from broker.ledger.rules import keys_read
-from broker.ledger.state import OWNED, AssetRow, asset_key
 from broker.ledger.store import FILE_NAME, FORMAT, LOCK_NAME, LedgerError, Store
-from broker.protocol import cbor, envelope
-from broker.protocol.codec import Name, Row, Unsigned
+from broker.protocol import envelope
 from broker.protocol.envelope import Signer
 from broker.protocol.errors import ProtocolError
 from broker.protocol.keys import PrivateKey
-from broker.protocol.limits import MAX_BLOCK_BYTES, MAX_INTEGER, MAX_REASON_CHARACTERS
-from broker.protocol.messages import Block, Carrier, Genesis, Result, ResultStatus
-from broker.protocol.sources import Source
-
-_POSITION: Final = Row((Unsigned(), Name(), Unsigned(), Unsigned()))
-"""An asset in the order of a party's holdings: start_s, device, carrier, revision."""
+from broker.protocol.limits import MAX_BLOCK_BYTES, MAX_REASON_CHARACTERS
+from broker.protocol.messages import Block, Genesis, Result, ResultStatus
 
 
 class EmbeddedLedger:
@@ -160,32 +151,9 @@ class EmbeddedLedger:
         self._queue, self._queued_bytes = [], 0
         return Committed(tuple(raw for _, _, raw in blocks), tuple(results))
 
-    def holdings(self, party: str, cursor: bytes | None = None) -> HoldingsPage:
-        """What `party` holds, in the order of intervals; go on with `next_cursor`. An asset's slices stay together.
-
-        Raises MalformedMessage for a cursor that is none.
-        """
-        if cursor is None:
-            after: tuple[int, str, int, int] = (0, "", 0, 0)
-        else:
-            after = _POSITION.decode(cbor.decode(cursor, "cursor", 256), "cursor")
-        entries: list[bytes] = []
-        for _, _, start_s, device, carrier, revision in self._store.scan((OWNED, party), after[0], MAX_INTEGER):
-            # A cursor is the last asset of the page before; keys of one interval come in the order of their bytes.
-            if cursor is not None and _order((start_s, device, carrier, revision)) <= _order(after):
-                continue
-            asset = AssetId(device, Carrier(carrier), start_s, revision)
-            row: AssetRow = self._store.get(asset_key(asset))
-            slices = [
-                encode_holding(Holding(asset, Source(row.source), row.area, held.from_wh, held.to_wh))
-                for held in row.held
-                if held.owner == party
-            ]
-            if entries and len(entries) + len(slices) > MAX_HOLDINGS_ON_PAGE:
-                return HoldingsPage(self._head.height, tuple(entries), cbor.encode(list(after)))
-            entries += slices
-            after = (start_s, device, carrier, revision)
-        return HoldingsPage(self._head.height, tuple(entries), None)
+    def open_view(self) -> HoldingsView:
+        """The holdings at the last committed block; close it when done."""
+        return HoldingsView(self._path / FILE_NAME)
 
     def blocks(self, from_height: int) -> Iterator[bytes]:
         """Sealed blocks from that height on, in order."""
@@ -200,10 +168,6 @@ class EmbeddedLedger:
         block: Block = step.block(tuple(batches))
         raw = envelope.seal(block, self._validator_key, self.ledger, self._validator_name)
         return block.height, step.finish_block(raw), raw
-
-
-def _order(position: tuple[int, str, int, int]) -> bytes:
-    return cbor.encode(position)
 
 
 def _refusal(batch_id: bytes, violation: RuleViolation) -> Result:

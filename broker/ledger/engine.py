@@ -36,6 +36,20 @@ class HoldingsPage:
     next_cursor: bytes | None
 
 
+class View(Protocol):
+    """The holdings of all parties as of one height, while the engine goes on."""
+
+    @property
+    def height(self) -> int:
+        """The height that every page is true at."""
+
+    def page(self, party: str, cursor: bytes | None = None) -> HoldingsPage:
+        """What `party` holds; go on with `next_cursor`. Raises MalformedMessage for a cursor that is none."""
+
+    def close(self) -> None:
+        """Let go of it; every view must be closed."""
+
+
 class LedgerEngine(Protocol):
     """What a gateway needs of an engine."""
 
@@ -59,8 +73,8 @@ class LedgerEngine(Protocol):
     def commit(self) -> Committed:
         """Apply all queued batches in order and write them durably."""
 
-    def holdings(self, party: str, cursor: bytes | None = None) -> HoldingsPage:
-        """What `party` holds; go on with `next_cursor`."""
+    def open_view(self) -> View:
+        """The holdings at the last committed block."""
 
     def blocks(self, from_height: int) -> Iterator[bytes]:
         """Sealed blocks from that height on, in order."""

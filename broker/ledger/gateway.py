@@ -5,13 +5,13 @@ what was waiting, publishes what it returns, and only then acknowledges the mess
 uses it like everybody else.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
-from broker.ledger.engine import ClientResult, LedgerEngine
-from broker.ledger.limits import MAX_HOLDINGS_ON_PAGE, MAX_SNAPSHOTS
+from broker.ledger.engine import ClientResult, LedgerEngine, View
+from broker.ledger.limits import MAX_VIEW_AGE, MAX_VIEWS
 from broker.protocol import cbor, envelope
-from broker.protocol.codec import Row, Unsigned
+from broker.protocol.codec import Bytes, Row, Unsigned
 from broker.protocol.errors import MalformedMessage
 from broker.protocol.keys import PrivateKey
 from broker.protocol.limits import MAX_BLOCK_BYTES
@@ -29,15 +29,17 @@ class Outgoing:
     retain: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Snapshot:
-    """All holdings of a party at one height, so that its pages fit together while the ledger goes on."""
+@dataclass(slots=True)
+class _SharedView:
+    """The ledger's holdings at one height, and the clients that have not come to their last page of it."""
 
-    height: int
-    entries: tuple[bytes, ...]
+    view: View
+    clients: set[str] = field(default_factory=set)
 
 
-_CURSOR: Final = Row((Unsigned(), Unsigned()))
+_CURSOR: Final = Row((Unsigned(), Bytes(1, 200)))
+"""The height of a view, and the engine's own cursor. So a client goes on where it was even after a restart of this
+gateway, unless the ledger has gone on meanwhile."""
 
 
 class Gateway:
@@ -48,11 +50,17 @@ class Gateway:
         self._topics = topics
         self._name = name
         self._key = key
-        self._snapshots: dict[str, _Snapshot] = {}
+        self._views: dict[int, _SharedView] = {}
 
     def start(self) -> list[Outgoing]:
         """What to publish at start and after each reconnect: the retained checkpoint."""
         return [self._checkpoint()]
+
+    def close(self) -> None:
+        """Let go of everything that is being paged out; the clients begin again."""
+        for shared in self._views.values():
+            shared.view.close()
+        self._views = {}
 
     def on_message(self, payload: bytes) -> list[Outgoing]:
         """Take in one payload of the `submit` topic: queue a batch, or answer a query.
@@ -68,7 +76,8 @@ class Gateway:
             raise MalformedMessage("ledger submit", f"a batch or a query, got a {message_type.name.lower()}")
         opened = envelope.open_envelope(payload, self._engine.ledger, self._engine.signer)
         assert isinstance(opened.message, Query)
-        return [self._page(opened.sender, opened.message)]
+        page = self._page(opened.sender, opened.message)
+        return [] if page is None else [self._to(opened.sender, page)]
 
     def commit(self) -> list[Outgoing]:
         """Commit what is queued; returns blocks for the feed, the answers, and the new checkpoint.
@@ -81,6 +90,7 @@ class Gateway:
         outgoing += [self._result(result) for result in committed.results]
         if committed.blocks:
             outgoing.append(self._checkpoint())
+            self._drop_old_views()
         return outgoing
 
     def _result(self, answer: ClientResult) -> Outgoing:
@@ -95,12 +105,11 @@ class Gateway:
         # QoS 0: the next one says more, and a new connection is told the last.
         return Outgoing(topic, self._engine.checkpoint(), 0, True)
 
-    def _page(self, client: str, query: Query) -> Outgoing:
+    def _page(self, client: str, query: Query) -> Page | None:
         if query.kind is QueryKind.BLOCKS:
             height, entries = self._blocks(query.from_height or 1)
-            return self._to(client, Page(query.request_id, query.kind, height, entries))
-        height, entries, cursor = self._holdings(client, query.cursor)
-        return self._to(client, Page(query.request_id, query.kind, height, entries, cursor))
+            return Page(query.request_id, query.kind, height, entries)
+        return self._holdings(client, query)
 
     def _blocks(self, from_height: int) -> tuple[int, tuple[bytes, ...]]:
         """As many blocks as fit in one page; the client asks again from the next height."""
@@ -113,32 +122,41 @@ class Gateway:
             entries.append(raw)
         return self._engine.height, tuple(entries)
 
-    def _holdings(self, client: str, cursor: bytes | None) -> tuple[int, tuple[bytes, ...], bytes | None]:
-        """One page of the client's snapshot.
+    def _holdings(self, client: str, query: Query) -> Page | None:
+        """One page of what the client holds; None while too many heights are being paged out.
 
-        If it is gone and the ledger has gone on since, the answer is a first page again, which the client sees by its
-        height.
+        If the height of its cursor is gone, the answer is a first page again, which the client sees by its height.
         """
-        snapshot = self._snapshots.pop(client, None)
-        height, start = (None, 0) if cursor is None else _CURSOR.decode(cbor.decode(cursor, "cursor", 32), "cursor")
-        if snapshot is None or snapshot.height != height:
-            snapshot = self._taken(client)
-            if snapshot.height != height:
-                start = 0
-        end = start + MAX_HOLDINGS_ON_PAGE
+        height, position = None, None
+        if query.cursor is not None:
+            height, position = _CURSOR.decode(cbor.decode(query.cursor, "cursor", 256), "cursor")
+        shared = self._views.get(self._engine.height if height is None else height)
+        if shared is None:
+            self._leave(client)
+            if len(self._views) >= MAX_VIEWS:
+                return None
+            shared = _SharedView(self._engine.open_view())
+            self._views[shared.view.height] = shared
+        elif client not in shared.clients:
+            self._leave(client)
+        shared.clients.add(client)
+        # Of another height the position would leave out what has come before it, and repeat what has gone behind.
+        page = shared.view.page(client, position if height == shared.view.height else None)
         following = None
-        if end < len(snapshot.entries):
-            while len(self._snapshots) >= MAX_SNAPSHOTS:
-                del self._snapshots[next(iter(self._snapshots))]
-            self._snapshots[client] = snapshot
-            following = cbor.encode([snapshot.height, end])
-        return snapshot.height, snapshot.entries[start:end], following
+        if page.next_cursor is None:
+            self._leave(client)
+        else:
+            following = cbor.encode([page.height, page.next_cursor])
+        return Page(query.request_id, query.kind, page.height, page.entries, following)
 
-    def _taken(self, client: str) -> _Snapshot:
-        # No commit comes between these reads, because engine and gateway live on one thread.
-        page = self._engine.holdings(client)
-        entries = list(page.entries)
-        while page.next_cursor is not None:
-            page = self._engine.holdings(client, page.next_cursor)
-            entries += page.entries
-        return _Snapshot(page.height, tuple(entries))
+    def _leave(self, client: str) -> None:
+        """The client has its last page, or begins at another height. A view that nobody needs any more is closed."""
+        for height, shared in list(self._views.items()):
+            shared.clients.discard(client)
+            if not shared.clients:
+                shared.view.close()
+                del self._views[height]
+
+    def _drop_old_views(self) -> None:
+        for height in [height for height in self._views if self._engine.height - height > MAX_VIEW_AGE]:
+            self._views.pop(height).view.close()

@@ -29,8 +29,15 @@ CACHED_ROWS: Final = 16_384
 MAX_HOLDINGS_ON_PAGE: Final = 4_096
 """What the Page message can carry; about 300 kB."""
 
-MAX_SNAPSHOTS: Final = 16
-"""Clients whose holdings are being paged out at the same time. A client whose snapshot is displaced starts again."""
+MAX_VIEWS: Final = 64
+"""Heights at which holdings are being paged out, each with an open file and SQLite's two megabytes. Clients that begin
+at one height share it. A client more gets no answer, asks again, and finds a place when another has its last page.
+"""
+
+MAX_VIEW_AGE: Final = 8_192
+"""Blocks after which a view is dropped, because SQLite's log grows behind it: about a gigabyte at full speed. A client
+that needs longer for its pages starts again.
+"""
 
 MAX_PENDING_BATCHES: Final = 1_024
 """Batches of a client without an answer. Beyond it the broker must wait, since it only fills the ledger's queue."""

@@ -5,7 +5,7 @@ holds one row per key (`WITHOUT ROWID`: the key is the tree, no second copy of i
 """
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -94,16 +94,30 @@ class Store:
             yield decode_key(key)
 
     def prefetch(self, keys: list[Key]) -> None:
-        """Read rows into the cache in one go, absent ones too. One statement costs a fifth of so many single reads."""
-        wanted = {encode_key(key): key for key in keys if key not in self._young and key not in self._old}
+        """Read rows into the cache in one go, absent ones too."""
+        for key, row in self.read([key for key in keys if key not in self._young and key not in self._old]).items():
+            self._remember(key, row)
+
+    def read(self, keys: Iterable[Key]) -> dict[Key, Any]:
+        """The committed rows under `keys` past the cache. One statement costs a fifth of so many single reads."""
+        wanted = {encode_key(key): key for key in keys}
         encoded = sorted(wanted)
+        rows: dict[Key, Any] = {}
         for start in range(0, len(encoded), _KEYS_PER_READ):
             part = encoded[start : start + _KEYS_PER_READ]
             marks = ",".join("?" * len(part))
             found = dict(self._db.execute(f"SELECT key, value FROM state WHERE key IN ({marks})", part))
             for raw in part:
                 key = wanted[raw]
-                self._remember(key, decode_row(key[0], found[raw]) if raw in found else None)
+                rows[key] = decode_row(key[0], found[raw]) if raw in found else None
+        return rows
+
+    def keys_between(self, first: bytes, end: bytes, most: int) -> list[Key]:
+        """At most so many keys whose bytes lie in [first, end), ascending."""
+        found = self._db.execute(
+            "SELECT key FROM state WHERE key >= ? AND key < ? ORDER BY key LIMIT ?", (first, end, most)
+        )
+        return [decode_key(raw) for (raw,) in found]
 
     def _remember(self, key: Key, row: Any) -> None:
         if len(self._young) >= CACHED_ROWS:
@@ -185,10 +199,14 @@ class Store:
     def meta_rows(self) -> Iterator[tuple[str, bytes]]:
         return self._db.execute("SELECT name, value FROM meta ORDER BY name")
 
+    def begin_reading(self) -> None:
+        """What is read from now on is of one moment, that of the first read, though an engine goes on writing."""
+        self._db.execute("BEGIN")
+
     @contextmanager
     def snapshot(self) -> Iterator[None]:
         """What is read inside is of one moment, though an engine goes on writing."""
-        self._db.execute("BEGIN")
+        self.begin_reading()
         try:
             yield
         finally:

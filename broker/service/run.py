@@ -160,7 +160,9 @@ class BrokerService:
         key = load_private_key(host.key_file)
         engine = EmbeddedLedger(host.path, genesis, host.validator, key)
         stack.callback(engine.close)
-        return Gateway(engine, self._topics, host.validator, key)
+        gateway = Gateway(engine, self._topics, host.validator, key)
+        stack.callback(gateway.close)
+        return gateway
 
     def _conductor_signer(self, genesis: Genesis) -> Signer | None:
         if not self._simulated or genesis.conductor is None:

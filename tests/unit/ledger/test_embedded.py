@@ -26,7 +26,7 @@ from support.ledger_world import (
     take,
 )
 
-from broker.ledger import embedded, limits
+from broker.ledger import embedded, holdings_view, limits
 from broker.ledger.chain import genesis_hash
 from broker.ledger.embedded import EmbeddedLedger
 from broker.ledger.engine import Committed
@@ -215,12 +215,13 @@ def test_holdings_come_in_pages_with_source_and_interval(
         ),
     )
     committed(ledger, batch(deliver(1, 20, ("solar-1", 10, 30))))
-    monkeypatch.setattr(embedded, "MAX_HOLDINGS_ON_PAGE", 3)
+    monkeypatch.setattr(holdings_view, "MAX_HOLDINGS_ON_PAGE", 3)
+    view = ledger.open_view()
     found_holdings: list[Holding] = []
     cursor = None
     pages = 0
     while True:
-        page = ledger.holdings("b1", cursor)
+        page = view.page("b1", cursor)
         assert page.height == ledger.height
         assert len(page.entries) <= 3
         found_holdings += [decode_holding(entry) for entry in page.entries]
@@ -237,11 +238,17 @@ def test_holdings_come_in_pages_with_source_and_interval(
     assert sum(h.to_wh - h.from_wh for h in found_holdings) == 10 * 60 - 20
     assert {h.area for h in found_holdings} == {"north"}
     monkeypatch.undo()
-    assert [decode_holding(entry) for entry in ledger.holdings("b1").entries] == found_holdings
-    assert len(ledger.holdings("alice").entries) == 10
-    assert ledger.holdings("b2").entries == ()
+    assert [decode_holding(entry) for entry in view.page("b1").entries] == found_holdings
+    assert len(view.page("alice").entries) == 10
+    assert view.page("b2").entries == ()
     with pytest.raises(MalformedMessage):
-        ledger.holdings("b1", b"\x01")
+        view.page("b1", b"\x01")
+    committed(ledger, batch(deliver(2, 30, ("solar-1", 30, 60))))
+    assert len(view.page("b1").entries) == 11, "a view stays as it was"
+    view.close()
+    view = ledger.open_view()
+    assert len(view.page("b1").entries) == 10
+    view.close()
 
 
 def test_rows_that_left_the_cache_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Gateway and client against each other, without a network: what is lost, repeated, late or forged in between."""
 
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from support.ledger_world import (
 )
 
 from broker.ledger import client as client_module
-from broker.ledger import embedded
+from broker.ledger import embedded, holdings_view
 from broker.ledger import gateway as gateway_module
 from broker.ledger.chain import genesis_hash
 from broker.ledger.client import (
@@ -43,10 +44,11 @@ from broker.ledger.client import (
 )
 from broker.ledger.gateway import Gateway, Outgoing
 from broker.ledger.limits import RESEND_AFTER_S
-from broker.ledger.operations import Close, Issue, Void
+from broker.ledger.operations import AssetId, Close, Issue, Void
+from broker.ledger.state import OWNED, AssetRow, Held, OwnedRow, asset_key, encode_key, encode_row
 from broker.protocol import envelope
 from broker.protocol.errors import BadSignature, MalformedMessage, ProtocolError, UnknownKey
-from broker.protocol.messages import Block, NamedKey, Page, Query, QueryKind, Result, ResultStatus
+from broker.protocol.messages import Block, Carrier, NamedKey, Page, Query, QueryKind, Result, ResultStatus
 from broker.protocol.topics import Topics
 
 TOPICS = Topics()
@@ -73,8 +75,12 @@ class Net:
             client.on_message("checkpoint", message.payload)
         return client
 
-    def restart(self) -> None:
+    def close(self) -> None:
+        self.gateway.close()
         self.engine.close()
+
+    def restart(self) -> None:
+        self.close()
         self.engine = found(self.path)
         self.gateway = Gateway(self.engine, TOPICS, "node", key("node"))
         self.retained = self.gateway.start()
@@ -119,7 +125,7 @@ class Net:
 def net(tmp_path: Path) -> Any:
     made = Net(tmp_path)
     yield made
-    made.engine.close()
+    made.close()
 
 
 def stock(net: Net) -> None:
@@ -344,7 +350,7 @@ def test_holdings_pages_fit_together_while_the_ledger_goes_on(net: Net, monkeypa
     for start in starts:
         net.engine.submit(batch(issue("solar-1", 100, start), take("solar-1", 0, 100, start_s=start)))
     net.engine.commit()
-    monkeypatch.setattr(gateway_module, "MAX_HOLDINGS_ON_PAGE", 2)
+    monkeypatch.setattr(holdings_view, "MAX_HOLDINGS_ON_PAGE", 2)
     client = net.join("b1")
     for start in starts:
         net.send()
@@ -364,7 +370,7 @@ def test_holdings_start_again_when_the_snapshot_is_gone(net: Net, monkeypatch: p
     for start in starts:
         net.engine.submit(batch(issue("solar-1", 100, start), take("solar-1", 0, 100, start_s=start)))
     net.engine.commit()
-    monkeypatch.setattr(gateway_module, "MAX_HOLDINGS_ON_PAGE", 2)
+    monkeypatch.setattr(holdings_view, "MAX_HOLDINGS_ON_PAGE", 2)
     client = net.join("b1")
     net.send()
     net.deliver()
@@ -377,20 +383,160 @@ def test_holdings_start_again_when_the_snapshot_is_gone(net: Net, monkeypatch: p
     assert (loaded.height, [h.asset.start_s for h in loaded.holdings]) == (4, starts[1:])
 
 
-def test_snapshots_are_bounded(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
-    for start in (T0, T0 + INTERVAL_S):
-        net.engine.submit(batch(issue("solar-1", 100, start), take("solar-1", 0, 100, start_s=start)))
+def owns_in(net: Net, intervals: int, device: str = "solar-1") -> list[int]:
+    """b1 owns 100 Wh in each of so many intervals; one block for all of them."""
+    starts = [T0 + number * INTERVAL_S for number in range(intervals)]
+    for start in starts:
+        net.engine.submit(batch(issue(device, 100, start), take(device, 0, 100, start_s=start)))
+    net.engine.commit()
+    return starts
+
+
+def everything(_message: Outgoing) -> bool:
+    return True
+
+
+def nothing(_message: Outgoing) -> bool:
+    return False
+
+
+def page_of(net: Net, party: str, cursor: bytes | None = None) -> Page | None:
+    """The gateway's answer to a question for holdings; None if there is none."""
+    answers = net.gateway.on_message(seal(Query(b"12345678", QueryKind.HOLDINGS, cursor), party))
+    if not answers:
+        return None
+    (answer,) = answers
+    page = envelope.parse(answer.payload).payload
+    return Page.from_payload(page)
+
+
+def test_paging_goes_on_where_it_was_when_the_gateway_restarts(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = owns_in(net, 7)
+    monkeypatch.setattr(holdings_view, "MAX_HOLDINGS_ON_PAGE", 2)
+    client = net.join("b1")
+    pages = 0
+    while not client.loaded and pages < 20:
+        net.send()
+        pages += sum("result" in message.topic for message in net.air)
+        net.deliver()
+        net.restart()
+    (loaded,) = client.events()
+    assert isinstance(loaded, HoldingsLoaded)
+    assert [h.asset.start_s for h in loaded.holdings] == starts
+    assert pages == 4 + 1, "four pages of holdings, none of them twice, and the block that they rest on"
+
+
+def test_clients_that_begin_at_one_height_share_a_view(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    owns_in(net, 4)
     sealed = seal(order(), "b2")
     net.engine.submit(batch(sell("solar-1", 0, 10, sealed), sell("solar-1", 20, 30, sealed)))
+    net.engine.submit(batch(sell("solar-1", 40, 50, sealed)))
     net.engine.commit()
-    monkeypatch.setattr(gateway_module, "MAX_HOLDINGS_ON_PAGE", 1)
-    monkeypatch.setattr(gateway_module, "MAX_SNAPSHOTS", 1)
+    opened: list[int] = []
+    open_view = embedded.EmbeddedLedger.open_view
+    monkeypatch.setattr(embedded.EmbeddedLedger, "open_view", lambda self: opened.append(1) or open_view(self))
+    monkeypatch.setattr(holdings_view, "MAX_HOLDINGS_ON_PAGE", 2)
     first, second = net.join("b1"), net.join("b2")
     net.settle()
-    for client, count in ((first, 3), (second, 2)):
+    for client, count in ((first, 6), (second, 3)):
         (loaded,) = client.events()
         assert isinstance(loaded, HoldingsLoaded)
         assert len(loaded.holdings) == count
+    assert len(opened) == 1
+
+
+def test_views_are_bounded_and_who_finds_no_place_comes_in_later(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    owns_in(net, 3)
+    monkeypatch.setattr(holdings_view, "MAX_HOLDINGS_ON_PAGE", 1)
+    monkeypatch.setattr(gateway_module, "MAX_VIEWS", 1)
+    first = page_of(net, "b1")
+    assert first is not None
+    commit_elsewhere(net, batch(deliver(1, 100, ("solar-1", 0, 100))))
+    assert page_of(net, "alice") is None, "the ledger has gone on, so alice would need a second view"
+    following = page_of(net, "b1", first.next_cursor)
+    assert following is not None
+    assert (following.height, len(following.entries)) == (first.height, 1), "whoever is served already is not disturbed"
+    last = page_of(net, "b1", following.next_cursor)
+    assert last is not None
+    assert last.next_cursor is None
+    waiting = page_of(net, "alice")
+    assert waiting is not None
+    assert waiting.height == first.height + 1
+
+
+def test_a_client_that_begins_again_gives_its_view_back(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    owns_in(net, 3)
+    monkeypatch.setattr(holdings_view, "MAX_HOLDINGS_ON_PAGE", 1)
+    monkeypatch.setattr(gateway_module, "MAX_VIEWS", 1)
+    for number in range(3):
+        page = page_of(net, "b1")
+        assert page is not None
+        assert page.height == net.engine.height
+        commit_elsewhere(net, batch(deliver(number, 100, ("solar-1", 0, 100), start_s=T0 + number * INTERVAL_S)))
+
+
+def test_a_view_is_dropped_when_the_ledger_has_left_it_far_behind(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = owns_in(net, 4)
+    monkeypatch.setattr(holdings_view, "MAX_HOLDINGS_ON_PAGE", 2)
+    monkeypatch.setattr(gateway_module, "MAX_VIEW_AGE", 1)
+    client = net.join("b1")
+    net.send()
+    net.deliver()
+    for start in starts[:2]:
+        commit_elsewhere(net, batch(deliver(1, 100, ("solar-1", 0, 100), start_s=start)))
+    net.settle()
+    loaded = client.events()[0]
+    assert isinstance(loaded, HoldingsLoaded)
+    assert (loaded.height, [h.asset.start_s for h in loaded.holdings]) == (5, starts[2:])
+
+
+def test_a_lost_or_repeated_page_changes_nothing(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = owns_in(net, 9)
+    monkeypatch.setattr(holdings_view, "MAX_HOLDINGS_ON_PAGE", 2)
+    client = net.join("b1")
+    heard: list[Outgoing] = []
+    turn = 0
+    while not client.loaded and turn < 60:
+        turn += 1
+        net.now_s += RESEND_AFTER_S
+        net.send()
+        heard += net.air
+        # Every second answer is lost, and everything that was ever said is said again.
+        net.deliver(everything if turn % 2 == 0 else nothing)
+        for message in heard:
+            net.hand_over(message)
+    (loaded,) = client.events()
+    assert isinstance(loaded, HoldingsLoaded)
+    assert [h.asset.start_s for h in loaded.holdings] == starts
+
+
+def test_a_hundred_thousand_holdings_cost_the_gateway_one_page_of_memory(net: Net) -> None:
+    """Rows as the rules make them, written past the rules, since 100 000 signed readings would take half a minute."""
+    made: dict[Any, Any] = {}
+    for number in range(100_000):
+        start_s, device = T0 + number // 1_000 * INTERVAL_S, f"roof-{number % 1_000}"
+        asset = AssetId(device, Carrier.ELECTRICITY, start_s, 0)
+        values: dict[str, Any] = {"source": 1, "area": "north", "issued_wh": 100, "held": (Held(0, 100, "b1"),)}
+        made[asset_key(asset)] = AssetRow(**(dict.fromkeys(AssetRow._fields, 0) | values))
+        made[OWNED, "b1", start_s, device, int(Carrier.ELECTRICITY), 0] = OwnedRow(1)
+    encoded: dict[bytes, bytes | None] = {encode_key(key_): encode_row(row) for key_, row in made.items()}
+    net.engine._store.write(encoded, {}, [], [], net.engine.head)
+    found_assets: set[bytes] = set()
+    cursor, pages, most_bytes = None, 0, 0  # of the twelfth page
+    while pages == 0 or cursor is not None:
+        if pages == 12:
+            tracemalloc.start()
+        page = page_of(net, "b1", cursor)
+        if pages == 12:
+            most_bytes = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        assert page is not None
+        pages += 1
+        cursor = page.next_cursor
+        found_assets.update(page.entries)
+    assert (pages, len(found_assets)) == (25, 100_000)
+    assert 0 < most_bytes < 16 * 2**20
+    assert net.gateway._views == {}
 
 
 def test_queries_of_strangers_and_other_messages_are_not_answered(net: Net) -> None:
