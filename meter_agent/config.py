@@ -47,11 +47,16 @@ class ModbusRtuConfig:
 
 @dataclass(frozen=True, slots=True)
 class P1Config:
-    """A DSMR P1 port. The meter pushes a telegram every 1 or 10 s, hence the long time limit."""
+    """A DSMR P1 port. The meter pushes a telegram every 1 or 10 s, hence the long time limit.
+
+    The key files are for a port that is encrypted (Luxembourg, parts of Austria): 32 hex digits from the grid operator.
+    """
 
     protocol: Literal["p1"]
     port: Path
     baud: Annotated[int, Between(300, 921_600)] = 115_200
+    encryption_key_file: Path | None = None
+    authentication_key_file: Path | None = None
     timeout_s: Annotated[float, Between(0.05, 60)] = 15.0
 
 

@@ -10,8 +10,7 @@ or 12 bytes behind 0C or 09 0C) and one value in A-XDR, a structure or an array.
 - *Kaifa with codes* (Sweden): OBIS codes and values in turn, the list's name among them; Wh and W.
 - *Kaifa by position* (Norway): bare values, where their number says what they are; Wh and W.
 
-Where a list may come encrypted (tag DB, general-glo-ciphering; Denmark, Austria), AES-128-GCM of security suite 0 is
-undone with the key that the utility gives out. With the authentication bit set, the tag is checked as well.
+Where a list may come encrypted (tag DB; Denmark, Austria), `ciphering` undoes that with the utility's keys.
 
 Sources: DLMS UA Green Book, chapters 9 and 10 (summary in IEC 62056-5-3); the lists of the three makers as collected at
 https://github.com/roarfred/AmsToMqttBridge/tree/master/Samples and
@@ -23,33 +22,18 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final, TypeAlias
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers import Cipher
-from cryptography.hazmat.primitives.ciphers.algorithms import AES
-from cryptography.hazmat.primitives.ciphers.modes import CTR, GCM
-
+from meter_agent.framing.ciphering import GENERAL_GLO_CIPHERING, MeterKeys, deciphered
 from meter_agent.framing.telegram import MalformedTelegram
 
 MAX_DEPTH: Final = 8
 """Structures in structures; lists have three."""
-
-KEY_BYTES: Final = 16
 
 Data: TypeAlias = int | str | bytes | tuple["Data", ...] | None
 """A value in A-XDR. Octet strings, bit strings, dates and floating-point numbers stay bytes."""
 
 _LLC_HEADERS: Final = (b"\xe6\xe7\x00", b"\xe6\xe6\x00")
 _DATA_NOTIFICATION: Final = 0x0F
-_GENERAL_GLO_CIPHERING: Final = 0xDB
 _DATE_BYTES: Final = 12
-
-_SYSTEM_TITLE_BYTES: Final = 8
-_TAG_BYTES: Final = 12
-_AUTHENTICATED: Final = 0x10
-_ENCRYPTED: Final = 0x20
-_COMPRESSED: Final = 0x80
-_SUITE: Final = 0x0F
-_SUITES_WITH_AES_128: Final = (0, 1)
 
 _INTEGERS: Final = {
     0x05: (4, True),
@@ -101,14 +85,6 @@ class Dialect(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class HanKeys:
-    """The keys of an encrypted HAN port, 16 bytes each. `authentication` is needed where the meter uses it."""
-
-    encryption: bytes
-    authentication: bytes | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class PushedList:
     """What a list says. Energy in mWh, None where the list has none (most have not); `power_w` is import positive."""
 
@@ -133,58 +109,17 @@ class _Register:
     unit: int | None = None
 
 
-def parse_list(message: bytes, keys: HanKeys | None = None, energy_step_wh: int | None = None) -> PushedList:
+def parse_list(message: bytes, keys: MeterKeys | None = None, energy_step_wh: int | None = None) -> PushedList:
     """Read one message, with its LLC header or without. Raises MalformedTelegram."""
     for header in _LLC_HEADERS:
         if message.startswith(header):
             message = message[len(header) :]
             break
-    if message[:1] == bytes([_GENERAL_GLO_CIPHERING]):
-        message = decrypt(message, keys)
+    if message[:1] == bytes([GENERAL_GLO_CIPHERING]):
+        message = deciphered(message, keys)
+        if message[:1] != bytes([_DATA_NOTIFICATION]):
+            raise MalformedTelegram("decrypting it gives no data-notification; check the port's encryption key")
     return _registers(_notification_body(message), energy_step_wh)
-
-
-def decrypt(message: bytes, keys: HanKeys | None) -> bytes:
-    """The APDU inside a general-glo-ciphering APDU. Raises MalformedTelegram.
-
-    Green Book 9.2.7: system title, then length, security control, frame counter, cipher text and with authentication a
-    tag of 12 bytes. The nonce is system title and counter; what is authenticated besides is control byte and key.
-    """
-    if keys is None:
-        raise MalformedTelegram("it is encrypted; ask the utility for the HAN port's keys and name them in the config")
-    cursor = _Cursor(message[1:])
-    title = cursor.take(cursor.length())
-    if len(title) != _SYSTEM_TITLE_BYTES:
-        raise MalformedTelegram(f"its system title has {len(title)} bytes")
-    content = cursor.take(cursor.length())
-    cursor.end()
-    if len(content) < 5:
-        raise MalformedTelegram("it is too short to be encrypted")
-    control, nonce, cipher_text = content[0], title + content[1:5], content[5:]
-    if control & _COMPRESSED or control & _SUITE not in _SUITES_WITH_AES_128 or not control & _ENCRYPTED:
-        raise MalformedTelegram(f"its security control is {control:02X}, which is not AES-128-GCM without compression")
-    if not control & _AUTHENTICATED:
-        # GCM without its tag is counter mode from 2 on; only the HDLC check sequences guard it.
-        plain = Cipher(AES(keys.encryption), CTR(nonce + b"\x00\x00\x00\x02")).decryptor().update(cipher_text)
-        return _decrypted(plain)
-    if keys.authentication is None:
-        raise MalformedTelegram("it is authenticated; name the HAN port's authentication key in the config too")
-    if len(cipher_text) < _TAG_BYTES:
-        raise MalformedTelegram("it is too short to be authenticated")
-    tag = cipher_text[-_TAG_BYTES:]
-    decryptor = Cipher(AES(keys.encryption), GCM(nonce, tag, min_tag_length=_TAG_BYTES)).decryptor()
-    decryptor.authenticate_additional_data(bytes([control]) + keys.authentication)
-    plain = decryptor.update(cipher_text[:-_TAG_BYTES])
-    try:
-        return plain + decryptor.finalize()
-    except InvalidTag as error:
-        raise MalformedTelegram("its authentication tag is wrong; check both keys of the HAN port") from error
-
-
-def _decrypted(plain: bytes) -> bytes:
-    if plain[:1] != bytes([_DATA_NOTIFICATION]):
-        raise MalformedTelegram("decrypting it gives no data-notification; check the HAN port's encryption key")
-    return plain
 
 
 class _Cursor:

@@ -37,6 +37,8 @@ _LINE_FEED: Final = ord("\n")
 _OBJECT: Final = re.compile(r"(\d{1,3}-\d{1,3}:\d{1,3}\.\d{1,3}\.\d{1,3})(?:\*255)?(\(.*\))")
 _TEXT: Final = re.compile(r"\(([0-9A-Za-z]{1,96})\)")
 _VERSIONS: Final = ("1-3:0.2.8", "0-0:96.1.4")
+_EQUIPMENT_IDS: Final = ("0-0:96.1.1", "0-0:42.0.0")
+"""The second one in Luxembourg."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,8 +194,9 @@ def _inside(value: str) -> str:
 
 
 def _equipment_id(objects: dict[str, str]) -> str | None:
-    """Object 0-0:96.1.1: hex digits of ASCII text by the standard; what does not read so is given as it stands."""
-    found = _TEXT.fullmatch(objects.get("0-0:96.1.1", ""))
+    """Hex digits of ASCII text by the standard; what does not read so is given as it stands."""
+    sent = (objects[code] for code in _EQUIPMENT_IDS if code in objects)
+    found = _TEXT.fullmatch(next(sent, ""))
     if found is None:
         return None
     text = found.group(1)
@@ -201,4 +204,5 @@ def _equipment_id(objects: dict[str, str]) -> str | None:
         decoded = bytes.fromhex(text).decode("ascii")
     except ValueError:
         return text
-    return decoded if decoded.isprintable() else text
+    # Some fill it up with blanks.
+    return decoded.rstrip() if decoded.isprintable() else text

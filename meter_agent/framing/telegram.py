@@ -16,7 +16,7 @@ EXPORT_GROUP: Final = "2.8"
 MAX_TARIFFS: Final = 4
 """Tariff registers of a direction that are added up; meters of households have two, a few have four."""
 
-_QUANTITY: Final = re.compile(r"([+-]?)(\d{1,10})(?:\.(\d{1,7}))?\*(k?)(Wh|W)")
+_QUANTITY: Final = re.compile(r"([+ -]?)(\d{1,10})(?:\.(\d{1,7}))?\*(k?)(Wh|W)")
 
 
 class MalformedTelegram(Exception):

@@ -4,14 +4,13 @@ No library stands behind it. `dlms-cosem` (25.1) offers parts of the same, but r
 off, leaves segmented frames as "not working", knows no list of these makers, and costs an agent several megabytes.
 """
 
-from pathlib import Path
 from typing import Final
 
-from firmware_config.loader import WrongValue
 from meter_agent.config import DlmsConfig
-from meter_agent.framing.dlms import KEY_BYTES, HanKeys, parse_list
+from meter_agent.framing.dlms import parse_list
 from meter_agent.framing.hdlc import HdlcFramer
 from meter_agent.framing.telegram import MalformedTelegram, TelegramReading
+from meter_agent.readers.key_files import read_keys
 from meter_agent.readers.pushed import PushedProtocol, PushedReader
 from meter_agent.readings import Clock
 
@@ -21,7 +20,7 @@ _WELL_COUNTED_MWH: Final = 100_000_000
 
 def create_dlms_reader(meter: str, config: DlmsConfig, clock: Clock) -> PushedReader[bytes]:
     """The reader of one HAN port. Opens nothing yet but the key files. Raises WrongValue where one is no key."""
-    keys = _keys(meter, config)
+    keys = read_keys(meter, config.encryption_key_file, config.authentication_key_file)
     guard = _TenfoldGuard()
 
     def parse(message: bytes) -> TelegramReading | None:
@@ -61,25 +60,3 @@ class _TenfoldGuard:
                     f"the step of the meter has changed; compare its display, and change energy_step_wh (now {step_wh})"
                 )
         self._last_mwh = import_mwh
-
-
-def _keys(meter: str, config: DlmsConfig) -> HanKeys | None:
-    if config.encryption_key_file is None:
-        if config.authentication_key_file is not None:
-            raise WrongValue(f"meters.{meter}.reader.encryption_key_file", "a file, because authentication needs both")
-        return None
-    authentication = config.authentication_key_file
-    return HanKeys(
-        _key(meter, "encryption_key_file", config.encryption_key_file),
-        None if authentication is None else _key(meter, "authentication_key_file", authentication),
-    )
-
-
-def _key(meter: str, name: str, path: Path) -> bytes:
-    try:
-        key = bytes.fromhex(path.read_text("ascii"))
-    except (OSError, ValueError) as error:
-        raise WrongValue(f"meters.{meter}.reader.{name}", f"a file with 32 hex digits ({error})") from error
-    if len(key) != KEY_BYTES:
-        raise WrongValue(f"meters.{meter}.reader.{name}", f"a file with 32 hex digits, {path} has {2 * len(key)}")
-    return key

@@ -24,15 +24,19 @@ from support.telegrams import (
     GOOD_SML,
     IMPORT_12345_6_WH,
     LANDIS_GYR_LINES,
+    LUXEMBOURG_AUTHENTICATION_KEY,
     P1_TELEGRAM,
     PUSHED,
+    SMARTY_FRAME,
+    SMARTY_KEY,
     maker,
     power,
     value_list,
 )
 
 from meter_agent.config import MBusConfig
-from meter_agent.framing import dlms, hdlc, iec62056_21, mbus, p1, sml
+from meter_agent.framing import dlms, hdlc, iec62056_21, mbus, p1, p1_encrypted, sml
+from meter_agent.framing.ciphering import MeterKeys
 from meter_agent.framing.telegram import MalformedTelegram
 from meter_agent.readers.broute import BRouteReader, Errors
 from meter_agent.readers.mbus import MBusReader, import_meterbus
@@ -286,6 +290,16 @@ TARGETS: Final = {
             most_held=p1.MAX_TELEGRAM_BYTES + p1.MAX_TRAILER_BYTES,
         ),
         (b"\x00" + P1_TELEGRAM, b"\x3f" + P1_TELEGRAM[:50] + P1_TELEGRAM),
+    ),
+    "p1_encrypted": Target(
+        partial(
+            feed_stream,
+            make_framer=partial(p1_encrypted.EncryptedP1Framer, MeterKeys(SMARTY_KEY, LUXEMBOURG_AUTHENTICATION_KEY)),
+            parse=p1.parse_telegram,
+            good=SMARTY_FRAME,
+            most_held=p1_encrypted.MAX_FRAME_BYTES,
+        ),
+        (b"\x00" + SMARTY_FRAME, b"\x3f" + SMARTY_FRAME[:99] + SMARTY_FRAME),
     ),
     "p1_lines": Target(
         lambda data: parse_message(data, lambda raw: p1.parse_telegram(p1_lines(raw))),

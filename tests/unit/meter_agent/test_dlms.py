@@ -17,7 +17,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meter_agent.framing.dlms import Dialect, HanKeys, PushedList, parse_list
+from meter_agent.framing.ciphering import MeterKeys
+from meter_agent.framing.dlms import Dialect, PushedList, parse_list
 from meter_agent.framing.hdlc import HdlcFramer, crc16_x25
 from meter_agent.framing.telegram import MalformedTelegram
 
@@ -197,7 +198,7 @@ WHOLE_FRAMES = {
 }
 
 
-def read(frame: bytes, keys: HanKeys | None = None, energy_step_wh: int | None = None) -> PushedList:
+def read(frame: bytes, keys: MeterKeys | None = None, energy_step_wh: int | None = None) -> PushedList:
     framer = HdlcFramer()
     (message,) = framer.feed(frame)
     assert framer.refused == 0
@@ -235,24 +236,24 @@ def test_a_danish_kamstrup_as_its_owner_decrypted_it():
 
 def test_an_encrypted_list_is_read_with_its_key():
     expected = PushedList(Dialect.SELF_DESCRIBING, 9_108_000, 0, 0, "1KFM0100000035")
-    assert parse_list(KAIFA_AUSTRIA_ENCRYPTED, HanKeys(KAIFA_AUSTRIA_KEY)) == expected
+    assert parse_list(KAIFA_AUSTRIA_ENCRYPTED, MeterKeys(KAIFA_AUSTRIA_KEY)) == expected
 
 
 def test_an_encrypted_list_without_or_with_a_wrong_key_says_so():
     with pytest.raises(MalformedTelegram, match="it is encrypted; ask the utility"):
         parse_list(KAIFA_AUSTRIA_ENCRYPTED)
-    with pytest.raises(MalformedTelegram, match="check the HAN port's encryption key"):
-        parse_list(KAIFA_AUSTRIA_ENCRYPTED, HanKeys(bytes(16)))
+    with pytest.raises(MalformedTelegram, match="check the port's encryption key"):
+        parse_list(KAIFA_AUSTRIA_ENCRYPTED, MeterKeys(bytes(16)))
 
 
 def test_an_authenticated_frame_of_a_real_meter_is_whole_and_asks_for_both_keys():
-    with pytest.raises(MalformedTelegram, match="name the HAN port's authentication key"):
-        read(KAMSTRUP_DENMARK_ENCRYPTED, HanKeys(bytes(16)))
+    with pytest.raises(MalformedTelegram, match="name the port's authentication key"):
+        read(KAMSTRUP_DENMARK_ENCRYPTED, MeterKeys(bytes(16)))
     with pytest.raises(MalformedTelegram, match="authentication tag is wrong"):
-        read(KAMSTRUP_DENMARK_ENCRYPTED, HanKeys(bytes(16), bytes(16)))
+        read(KAMSTRUP_DENMARK_ENCRYPTED, MeterKeys(bytes(16), bytes(16)))
 
 
-def encrypted(keys: HanKeys, plain: bytes) -> bytes:
+def encrypted(keys: MeterKeys, plain: bytes) -> bytes:
     """Made with AESGCM, whose 16-byte tag is cut to 12 as DLMS does."""
     title, counter, control = b"KAM\x45\x01\xac\x4d\x6e", b"\x00\x00\xa3\x2f", b"\x30"
     sealed = AESGCM(keys.encryption).encrypt(title + counter, plain, control + keys.authentication)[:-4]
@@ -261,7 +262,7 @@ def encrypted(keys: HanKeys, plain: bytes) -> bytes:
 
 
 def test_an_authenticated_list_is_read_and_every_flipped_bit_refused():
-    keys = HanKeys(bytes(range(16)), bytes(range(16, 32)))
+    keys = MeterKeys(bytes(range(16)), bytes(range(16, 32)))
     message = encrypted(keys, KAMSTRUP_DENMARK_MESSAGE)
     assert parse_list(message, keys, 10).import_mwh == 11_522_020_000
     for position in range(len(message)):
@@ -341,7 +342,7 @@ def test_damaged_frames_are_refused_one_by_one_and_cost_no_other():
 def test_no_message_raises_anything_but_the_declared_error(noise):
     for start in (b"", b"\x0f\x00\x00\x00\x00\x00", b"\xdb\x08KAM12345"):
         with suppress(MalformedTelegram):
-            pushed = parse_list(start + noise, HanKeys(bytes(16), bytes(16)), 10)
+            pushed = parse_list(start + noise, MeterKeys(bytes(16), bytes(16)), 10)
             assert pushed.import_mwh is None or pushed.import_mwh >= 0
 
 

@@ -157,6 +157,15 @@ def test_values_of_past_months_and_other_meters_are_not_taken():
     assert (reading.import_mwh, reading.serial_number) == (302_826_000, "LGZ54800102")
 
 
+def test_a_blank_may_stand_where_a_powers_sign_would_but_not_before_a_counter():
+    """Landis+Gyr ZMD310 sends `16.7.0( 000.03*kW)` beside `36.7.0(-000.82*kW)`."""
+    lines = ("1-1:1.8.0(0000094.5*kWh)", "1-1:16.7.0( 000.03*kW)")
+    assert read_one(asked(*lines)).power_w == 30
+    assert read_one(asked(lines[0], lines[1].replace(" ", "-"))).power_w == -30
+    with pytest.raises(MalformedTelegram, match="a counter has no sign"):
+        read_one(asked(lines[0].replace("(0", "( "), lines[1]))
+
+
 @pytest.mark.parametrize("text", ["F.F(01)", "F.F(00000080)", "0-0:97.97.0*255(00000001)", "F.F(DEAD)"])
 def test_a_meter_that_reports_a_fatal_error_is_not_read(text):
     with pytest.raises(MalformedTelegram, match="fatal error"):
