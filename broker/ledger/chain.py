@@ -5,9 +5,9 @@ Engines and the verifier drive the same `Step`, so what an engine writes and wha
 
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any
+from typing import Any, Final
 
-from broker.ledger.merkle import Frontier
+from broker.ledger.merkle import Frontier, nodes_in
 from broker.ledger.opening import Charter, OpenedBatch
 from broker.ledger.rules import apply_batch
 from broker.ledger.state import ABSENT, Key, Overlay, Row, State, changes_of, state_hash_after
@@ -68,13 +68,18 @@ def block_id_of(raw: bytes) -> bytes:
     return sha256(envelope.parse(raw).payload).digest()
 
 
+NODES_PER_ROW: Final = 120
+"""Merkle nodes that are stored as one row: as many as fit a page of SQLite, so that reading one costs one page."""
+
+
 class Step:
     """The batches applied on top of a committed state, until a commit takes them over.
 
-    `rows` holds what to write: key bytes to row bytes, None to delete. `state` includes every batch so far.
+    `rows` holds what to write: key bytes to row bytes, None to delete. `state` includes every batch so far. `nodes`
+    holds the Merkle nodes of the finished blocks: position of the first one, and up to NODES_PER_ROW hashes in a row.
     """
 
-    __slots__ = ("_charter", "_frontier", "head", "rows", "state", "state_hash")
+    __slots__ = ("_charter", "_frontier", "head", "nodes", "rows", "state", "state_hash")
 
     def __init__(self, committed: State, charter: Charter, head: Head) -> None:
         self._charter = charter
@@ -82,6 +87,7 @@ class Step:
         self.state = Overlay(committed)
         self.state_hash = head.state_hash
         self.rows: dict[bytes, bytes | None] = {}
+        self.nodes: list[tuple[int, bytes]] = []
         self.head = head
         """The last finished block; `finish_block` moves it."""
 
@@ -108,6 +114,10 @@ class Step:
         """The block is sealed in these bytes; the next one builds on it. Returns its id."""
         block_id = block_id_of(raw)
         frontier = self._frontier
+        made, frontier.made = frontier.made, []
+        first = nodes_in(self.head.tree_size)
+        for start in range(0, len(made), NODES_PER_ROW):
+            self.nodes.append((first + start, b"".join(made[start : start + NODES_PER_ROW])))
         self.head = Head(self.head.height + 1, block_id, self.state_hash, frontier.size, tuple(frontier.peaks))
         return block_id
 

@@ -11,7 +11,7 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from broker.ledger.chain import Head, Step, block_id_of, first_head, validators_of
+from broker.ledger.chain import Head, Step, block_id_of, first_head, genesis_hash, validators_of
 from broker.ledger.engine import BUSY, ClientResult, Committed
 from broker.ledger.faults import RuleViolation
 from broker.ledger.holdings_view import HoldingsView
@@ -23,8 +23,10 @@ from broker.ledger.limits import (
     MAX_QUEUED_BYTES,
 )
 from broker.ledger.opening import Charter, OpenedBatch, RefusedBatch, charter_of, open_batch, party_signer
+from broker.ledger.receipts import SignedHead, sign_head
 from broker.ledger.rules import keys_read
 from broker.ledger.store import FILE_NAME, FORMAT, LOCK_NAME, LedgerError, Store
+from broker.ledger.trust import issuer_of
 from broker.protocol import envelope
 from broker.protocol.envelope import Signer
 from broker.protocol.errors import ProtocolError
@@ -62,6 +64,8 @@ class EmbeddedLedger:
             if isinstance(error, LedgerError):
                 raise
             raise LedgerError(path, f"SQLite says {error}; restore the ledger from a copy") from error
+        self._issuer = issuer_of(genesis.ledger, genesis_hash(genesis))
+        self._signed = self._sign(self._head)
 
     @property
     def ledger(self) -> str:
@@ -143,11 +147,21 @@ class EmbeddedLedger:
                 )
             if waiting:
                 blocks.append(self._sealed(step, waiting))
+            signed = self._signed
             if blocks:
-                self._store.write(step.rows, step.written(), blocks, list(heights.items()), step.head)
+                signed = self._sign(step.head)
+                self._store.write(
+                    step.rows,
+                    step.written(),
+                    blocks,
+                    list(heights.items()),
+                    step.head,
+                    step.nodes,
+                    signed.to_bytes(),
+                )
         except sqlite3.Error as error:
             raise LedgerError(self._path, f"SQLite says {error}; free disk space or replace the disk") from error
-        self._head = step.head
+        self._head, self._signed = step.head, signed
         self._queue, self._queued_bytes = [], 0
         return Committed(tuple(raw for _, _, raw in blocks), tuple(results))
 
@@ -162,7 +176,10 @@ class EmbeddedLedger:
 
     def checkpoint(self) -> bytes:
         """The sealed Checkpoint of the head."""
-        return envelope.seal(self._head.checkpoint(), self._validator_key, self.ledger, self._validator_name)
+        return self._signed.checkpoint
+
+    def _sign(self, head: Head) -> SignedHead:
+        return sign_head(head.checkpoint(), self._validator_key, self.ledger, self._validator_name, self._issuer)
 
     def _sealed(self, step: Step, batches: list[bytes]) -> tuple[int, bytes, bytes]:
         block: Block = step.block(tuple(batches))

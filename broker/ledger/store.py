@@ -1,7 +1,8 @@
-"""The ledger's SQLite file: state rows, blocks, the index of batches, and the head. No rule is decided here.
+"""The ledger's SQLite file: state rows, blocks, the index of batches, Merkle nodes, the head. No rule is decided here.
 
 Everything of one commit is written in one transaction, so the file always stands between two commits. Table `state`
-holds one row per key (`WITHOUT ROWID`: the key is the tree, no second copy of it).
+holds one row per key (`WITHOUT ROWID`: the key is the tree, no second copy of it). Table `nodes` only grows: each row
+holds the hashes of Merkle nodes from position `first` on, in the order in which the tree made them.
 """
 
 import sqlite3
@@ -13,10 +14,14 @@ from typing import Any, Final
 from broker.ledger.chain import Head
 from broker.ledger.limits import CACHED_ROWS
 from broker.ledger.state import SLICE, Key, Row, decode_key, decode_row, encode_key, scan_bounds
+from broker.protocol.messages import HASH_BYTES
 
 FILE_NAME: Final = "ledger.sqlite3"
 LOCK_NAME: Final = "ledger.lock"
-FORMAT: Final = 1
+FORMAT: Final = 2
+SIGNED_HEAD: Final = "signed_head"
+"""The row of `meta` with the head as a validator signed it."""
+
 _KEYS_PER_READ: Final = 500  # well under SQLite's limit of bound parameters
 
 _SCHEMA: Final = """
@@ -24,6 +29,7 @@ CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE state (key BLOB PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE blocks (height INTEGER PRIMARY KEY, block_id BLOB NOT NULL, raw BLOB NOT NULL);
 CREATE TABLE batches (batch_id BLOB PRIMARY KEY, height INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE nodes (first INTEGER PRIMARY KEY, hashes BLOB NOT NULL);
 """
 
 
@@ -133,8 +139,13 @@ class Store:
         blocks: list[tuple[int, bytes, bytes]],
         batches: list[tuple[bytes, int]],
         head: Head,
+        nodes: list[tuple[int, bytes]],
+        signed_head: bytes | None = None,
     ) -> None:
-        """Write one commit durably. Raises sqlite3.Error, and then neither file nor cache has changed."""
+        """Write one commit durably. Raises sqlite3.Error, and then neither file nor cache has changed.
+
+        `signed_head` is the head as a validator signed it (`receipts.SignedHead`); a copy without a key has none.
+        """
         put = sorted((key, value) for key, value in rows.items() if value is not None)
         gone = sorted((key,) for key, value in rows.items() if value is None)
         database = self._db
@@ -146,7 +157,10 @@ class Store:
             database.executemany("DELETE FROM state WHERE key = ?", gone)
             database.executemany("INSERT INTO blocks VALUES (?, ?, ?)", blocks)
             database.executemany("INSERT INTO batches VALUES (?, ?)", batches)
+            database.executemany("INSERT INTO nodes VALUES (?, ?)", nodes)
             database.execute("UPDATE meta SET value = ? WHERE name = 'head'", (head.to_bytes(),))
+            if signed_head is not None:
+                database.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (SIGNED_HEAD, signed_head))
             database.execute("COMMIT")
         except sqlite3.Error:
             if database.in_transaction:
@@ -187,6 +201,22 @@ class Store:
         return self._db.execute(
             "SELECT height, block_id, raw FROM blocks WHERE height >= ? ORDER BY height", (from_height,)
         )
+
+    def merkle_node(self, position: int) -> bytes:
+        """The Merkle node at a position (`merkle.node_position`). Raises IndexError where none is stored."""
+        found = self._db.execute(
+            f"SELECT substr(hashes, (? - first) * {HASH_BYTES} + 1, {HASH_BYTES}) FROM nodes"
+            " WHERE first <= ? ORDER BY first DESC LIMIT 1",
+            (position, position),
+        ).fetchone()
+        if found is None or len(found[0]) != HASH_BYTES:
+            raise IndexError(f"Merkle node {position} is not stored here")
+        node: bytes = found[0]
+        return node
+
+    def node_rows(self) -> Iterator[tuple[int, bytes]]:
+        """(position of the first, hashes), ascending."""
+        return self._db.execute("SELECT first, hashes FROM nodes ORDER BY first")
 
     def state_rows(self, first: bytes = b"", end: bytes = b"\xff") -> Iterator[tuple[bytes, bytes]]:
         """The state rows with keys in [first, end) as bytes, ascending by key; all by default."""

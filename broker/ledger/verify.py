@@ -21,9 +21,11 @@ from typing import Any, Final
 from broker.ledger.chain import Step, block_id_of, first_head, genesis_hash, validators_of
 from broker.ledger.faults import LedgerInvariantBroken, RuleViolation
 from broker.ledger.opening import Charter, RefusedBatch, charter_of, open_batch
+from broker.ledger.receipts import SignedHead, verify_checkpoint, verify_signed_root
 from broker.ledger.rules import keys_read
 from broker.ledger.state import decode_key
-from broker.ledger.store import FILE_NAME, LOCK_NAME, LedgerError, Store
+from broker.ledger.store import FILE_NAME, LOCK_NAME, SIGNED_HEAD, LedgerError, Store
+from broker.ledger.trust import Trust
 from broker.protocol import envelope
 from broker.protocol.errors import ProtocolError
 from broker.protocol.messages import Block, Genesis
@@ -126,7 +128,11 @@ class _Replay:
             self._replay(stored, replayed)
             self._compare("state row", stored.state_rows(), replayed.state_rows(), _show_key)
             self._compare("batch", stored.batch_rows(), replayed.batch_rows(), lambda raw: raw.hex())
-            self._compare("meta", stored.meta_rows(), replayed.meta_rows(), str)
+            self._compare("Merkle nodes from", stored.node_rows(), replayed.node_rows(), str)
+            # Nobody but a validator can make the signed head again, so it is checked instead of compared.
+            own_meta = (row for row in stored.meta_rows() if row[0] != SIGNED_HEAD)
+            self._compare("meta", own_meta, replayed.meta_rows(), str)
+            self._check_signed_head(stored.meta(SIGNED_HEAD))
         except _Stop as stop:
             self._errors.append(str(stop))
         finally:
@@ -140,9 +146,9 @@ class _Replay:
             heights += self._block(row, waiting, replayed)
             written.append(row)
             if len(written) == _BLOCKS_PER_WRITE:
-                replayed.write(waiting.rows, waiting.written(), written, heights, waiting.head)
+                replayed.write(waiting.rows, waiting.written(), written, heights, waiting.head, waiting.nodes)
                 waiting, written, heights = Step(replayed, self._charter, waiting.head), [], []
-        replayed.write(waiting.rows, waiting.written(), written, heights, waiting.head)
+        replayed.write(waiting.rows, waiting.written(), written, heights, waiting.head, waiting.nodes)
 
     def _block(self, row: tuple[int, bytes, bytes], step: Step, replayed: Store) -> list[tuple[bytes, int]]:
         """Check and apply one block; returns its batches for the index."""
@@ -177,6 +183,21 @@ class _Replay:
         self.head = step.head
         self.batches += len(block.batches)
         return found
+
+    def _check_signed_head(self, raw: bytes | None) -> None:
+        """A validator's signatures of the head: only a copy that was made without a key may lack them."""
+        if raw is None:
+            return
+        trust = Trust(self._genesis.ledger, genesis_hash(self._genesis), self._validators, {})
+        try:
+            signed = SignedHead.from_bytes(raw)
+            checkpoint, _ = verify_checkpoint(signed.checkpoint, trust)
+            verify_signed_root(signed.root, checkpoint.root, trust)
+        except (ProtocolError, TypeError) as error:
+            self._errors.append(f"meta {SIGNED_HEAD}: {error}")
+            return
+        if checkpoint != self.head.checkpoint():
+            self._errors.append(f"meta {SIGNED_HEAD}: signs height {checkpoint.height}, another head than the stored")
 
     def _compare(self, what: str, stored: Iterator[Any], replayed: Iterator[Any], show: Any) -> None:
         """Two ascending sequences of (key, value) must be the same."""

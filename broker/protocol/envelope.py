@@ -157,6 +157,11 @@ def _signed_head(protected: bytes, message_type: MessageType, ledger: str, sende
     return _sig_head(protected, cbor.encode((int(message_type), ledger, sender)))
 
 
+def signature_structure(protected: bytes, external_aad: bytes, payload: bytes) -> bytes:
+    """What a COSE_Sign1 signs (RFC 9052 section 4.4), for the few that are no messages."""
+    return _sig_head(protected, external_aad) + _as_byte_string(payload)
+
+
 def _sig_head(protected: bytes, external_aad: bytes) -> bytes:
     return _SIG_CONTEXT + _as_byte_string(protected) + _as_byte_string(external_aad)
 

@@ -497,7 +497,7 @@ class Page(Message):
 
 @dataclass(frozen=True, slots=True)
 class Block(Message):
-    """One step of the ledger, signed by the node that made it. SHA-256 of its payload is its id, which the next one names.
+    """One step of the ledger, signed by the node that made it. Its id is SHA-256 of its payload; the next one names it.
 
     `batches` are signed batch envelopes in the order applied. `tree_size` and `root` are the RFC 9162 tree over all
     operations so far; `state_hash` covers the operations and the state that they made.

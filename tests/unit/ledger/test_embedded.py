@@ -296,7 +296,7 @@ def test_a_file_that_was_being_made_when_the_power_went_is_made_again(tmp_path: 
         ("UPDATE blocks SET raw = zeroblob(9) WHERE height = 2", "head does not hold"),
         ("UPDATE meta SET value = zeroblob(9) WHERE name = 'head'", "head does not hold"),
         ("DELETE FROM meta WHERE name = 'head'", "head does not hold"),
-        ("UPDATE meta SET value = x'02' WHERE name = 'format'", "not of format"),
+        ("UPDATE meta SET value = x'63' WHERE name = 'format'", "not of format"),
     ],
 )
 def test_a_head_that_does_not_agree_is_refused_at_start(tmp_path: Path, damage: str, complaint: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 from support.ledger_world import (
     GENESIS,
     INTERVAL_S,
+    LEDGER,
     T0,
     admit,
     batch,
@@ -26,11 +27,13 @@ from support.ledger_world import (
 )
 
 from broker.ledger import inspect
-from broker.ledger.chain import block_id_of, genesis_hash
+from broker.ledger.chain import Head, block_id_of, genesis_hash
 from broker.ledger.inspect import AssetLine, DemandLine, TotalLine
 from broker.ledger.operations import AssetId, Void
+from broker.ledger.receipts import sign_head
 from broker.ledger.state import Held
 from broker.ledger.store import FILE_NAME, LedgerError
+from broker.ledger.trust import issuer_of
 from broker.ledger.verify import verify_ledger
 from broker.protocol import cbor, envelope
 from broker.protocol.messages import Block, Carrier
@@ -43,6 +46,8 @@ BATCHES = (
     batch(deliver(1, 700, ("solar-1", 0, 600)), close()),
     batch(admit("hydro-1", source=Source.HYDRO), mandate("hydro-1"), issue("hydro-1", 5, T0 + INTERVAL_S)),
 )
+
+SET_SIGNED_HEAD = "UPDATE meta SET value = ? WHERE name = 'signed_head'"
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +165,11 @@ def test_the_views(sound: Path) -> None:
         ("UPDATE batches SET height = height + 1", "stored with another value"),
         ("UPDATE meta SET value = zeroblob(9) WHERE name = 'head'", "meta head: stored with another value"),
         ("UPDATE meta SET value = zeroblob(9) WHERE name = 'format'", "meta format"),
+        ("UPDATE nodes SET hashes = zeroblob(length(hashes)) WHERE first = 0", "Merkle nodes from 0: stored with"),
+        ("UPDATE nodes SET first = first + 1000 WHERE first > 0", "Merkle nodes from"),
+        ("DELETE FROM nodes WHERE first = 0", "Merkle nodes from 0: missing"),
+        ("INSERT INTO nodes VALUES (99999, zeroblob(32))", "Merkle nodes from 99999: stored, but no operation made it"),
+        ("UPDATE meta SET value = zeroblob(9) WHERE name = 'signed_head'", "meta signed_head"),
     ],
 )
 def test_changed_rows_are_named(copied: Path, statement: str, complaint: str) -> None:
@@ -202,6 +212,17 @@ def test_a_validator_that_lies_is_found_out(copied: Path, changes: dict[str, obj
     assert not report.ok
     assert "height 3" in report.errors[0]
     assert complaint in report.errors[0]
+
+
+def test_a_signed_head_of_another_height_or_ledger_is_found(copied: Path) -> None:
+    head = Head(7, b"x" * 32, b"y" * 32, 0, ()).checkpoint()
+    issuer = issuer_of(LEDGER, genesis_hash(GENESIS))
+    damage(copied, SET_SIGNED_HEAD, sign_head(head, key("node"), LEDGER, "node", issuer).to_bytes())
+    assert "another head than the stored" in verify_ledger(copied).errors[0]
+    damage(copied, SET_SIGNED_HEAD, sign_head(head, key("node"), LEDGER, "node", "another").to_bytes())
+    assert "of another ledger" in verify_ledger(copied).errors[0]
+    damage(copied, "DELETE FROM meta WHERE name = 'signed_head'")
+    assert verify_ledger(copied).ok  # A copy made without a validator's key has none.
 
 
 def test_a_block_of_somebody_else_is_found(copied: Path) -> None:
