@@ -520,7 +520,7 @@ def test_a_hundred_thousand_holdings_cost_the_gateway_one_page_of_memory(net: Ne
         made[asset_key(asset)] = AssetRow(**(dict.fromkeys(AssetRow._fields, 0) | values))
         made[OWNED, "b1", start_s, device, int(Carrier.ELECTRICITY), 0] = OwnedRow(1)
     encoded: dict[bytes, bytes | None] = {encode_key(key_): encode_row(row) for key_, row in made.items()}
-    net.engine._store.write(encoded, {}, [], [], net.engine.head)
+    net.engine._store.write(encoded, {}, [], [], net.engine.head, [])
     found_assets: set[bytes] = set()
     cursor, pages, most_bytes = None, 0, 0  # of the twelfth page
     while pages == 0 or cursor is not None:
