@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from broker.commands import broker, consumer, key, ledger, provider, registrar
+from broker.commands import broker, consumer, copies, key, ledger, provider, registrar
 from broker.commands.common import DONE, FAILED, USAGE, Command
 from broker.market.contracts import ContractError
 from broker.protocol.errors import KeyFileError, ProtocolError
@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     # Imported here, because these bring in SQLite, which a plain --help does not need.
+    from broker.database_copy import CopyError
     from broker.ledger.store import LedgerError
     from broker.service.registration import RegistrationError
     from broker.service.store import StoreError
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(USAGE, f"{error.filename}: there is no such file; check the path")
     except (ConfigError, WrongValue, ContractError, RegistrationError, KeyFileError) as error:
         return _say(USAGE, error)
-    except (ProtocolError, StoreError, LedgerError, OSError) as error:
+    except (ProtocolError, StoreError, LedgerError, CopyError, OSError) as error:
         return _say(FAILED, error)
 
 
@@ -52,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"energy-broker {version('dengen')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (broker, key, ledger, registrar, provider, consumer):
+    for group in (broker, copies, key, ledger, registrar, provider, consumer):
         group.add_commands(commands)
     return parser
 

@@ -10,6 +10,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+from broker.commands import copies
 from broker.commands.common import DONE, FAILED, add_command, add_group, named_key, print_csv, print_row
 from broker.config import load_genesis
 from broker.ledger.operations import Operation
@@ -67,6 +68,7 @@ def add_commands(commands: Any) -> None:
     show.add_argument("--json", action="store_true", help="one JSON object a line")
     audit = add_command(group, "audit", "Print the books of a ledger: per source and interval, as CSV.", _ledger_audit)
     audit.add_argument("path", type=Path, metavar="PATH", help="the ledger's directory")
+    copies.add_ledger_commands(group)
 
 
 def _ledger_genesis(options: argparse.Namespace) -> int:

@@ -58,7 +58,15 @@ from broker.service.intake import Accepted, Intake
 from broker.service.neighbours import Neighbours
 from broker.service.outputs import Identity, Outputs
 from broker.service.registry import Registry
-from broker.service.store import BatchKind, BatchRow, BrokerStore, IntervalState, StatementRow, WorkState
+from broker.service.store import (
+    BatchKind,
+    BatchRow,
+    BrokerStore,
+    IntervalState,
+    StatementRow,
+    StoreError,
+    WorkState,
+)
 
 _STATEMENT_OPERATIONS: Final[Mapping[MessageType, Callable[[bytes], Operation]]] = {
     MessageType.REGISTRATION: Register,
@@ -249,7 +257,10 @@ class Broker:
     # The ledger's word
 
     def take_event(self, event: Event) -> None:
-        """Something that the ledger client saw."""
+        """Something that the ledger client saw.
+
+        Raises StoreError if the ledger knows of decisions of this broker that its store does not: the process must end.
+        """
         match event:
             case HoldingsLoaded():
                 self._load_stock(event.height, event.holdings)
@@ -298,6 +309,7 @@ class Broker:
     def _committed(self, event: BatchCommitted) -> None:
         batch = self._desk.finish(event.batch_id, WorkState.COMMITTED, event.height, None)
         if batch is None:
+            self._require_known(event)
             return
         match batch.kind:
             case BatchKind.STATEMENTS:
@@ -313,6 +325,18 @@ class Broker:
             case BatchKind.CLOSE:
                 self._neighbours.ended(batch.start_s)
                 self._cycle.committed(batch)
+
+    def _require_known(self, event: BatchCommitted) -> None:
+        """Every batch is stored before it is submitted, so one on the ledger that is not in the store was forgotten.
+
+        With it are forgotten the demands that it served, and whoever went on would serve and close them differently.
+        """
+        if not self._store.has_batch(event.batch_id):
+            raise StoreError(
+                f"this broker's database is older than the ledger: block {event.height} carries a batch"
+                f" ({event.batch_id.hex()}) of {self._identity.name} that it does not know. Restore the newest backup"
+                " of the database that there is (docs/broker.md, Backups)"
+            )
 
     def _add_provided(self, operations: list[Operation]) -> None:
         for operation in operations:

@@ -599,6 +599,10 @@ class BrokerStore:
             (int(state), height, reason, batch_id),
         )
 
+    def has_batch(self, batch_id: bytes) -> bool:
+        """True if this broker made that batch, whatever became of it."""
+        return self._db.execute("SELECT 1 FROM batch WHERE batch_id = ?", (batch_id,)).fetchone() is not None
+
     # The ledger's blocks
 
     def ledger_cursor(self) -> tuple[int, bytes] | None:

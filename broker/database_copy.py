@@ -1,0 +1,85 @@
+"""Whole copies of SQLite databases that are in use.
+
+SQLite's backup interface copies all pages in one read transaction (https://www.sqlite.org/backup.html). In WAL mode a
+writer goes on meanwhile and is not waited for; what it commits stays in its log until the copy is through. The copy is
+checked, flushed to the disk and only then given its name, so a file of that name is always a whole one.
+"""
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class CopyError(Exception):
+    """A database that could not be copied. The text says what to do."""
+
+
+@contextmanager
+def reading(source: Path) -> Iterator[sqlite3.Connection]:
+    """The database as it is at the first read inside, whoever goes on writing. Raises CopyError, sqlite3.Error."""
+    if not source.is_file():
+        raise CopyError(f"{source}: there is no such database")
+    database = sqlite3.connect(f"{source.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
+    try:
+        database.execute("BEGIN")
+        yield database
+    finally:
+        database.close()
+
+
+def copy_database(source: sqlite3.Connection, target: Path) -> None:
+    """Copy what `source` shows (see `reading`) to the new file `target`, readable by its owner only.
+
+    Raises CopyError if there is a file already, if a disk refuses, or if the copy does not pass SQLite's own check.
+    """
+    if target.exists():
+        raise CopyError(f"{target} exists already; a backup never replaces anything, give another name")
+    partial = target.with_name(target.name + ".partial")
+    try:
+        # Left over from a copy that was killed; nothing but copies has this name.
+        partial.unlink(missing_ok=True)
+        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        faults = _copied(source, partial)
+        if faults:
+            raise CopyError(f"{target}: the copy is damaged, and so is the original: {'; '.join(faults)}")
+        _flush(partial)
+        partial.rename(target)
+        flush_directory(target.parent)
+    except (OSError, sqlite3.Error) as error:
+        raise CopyError(f"cannot be copied to {target}: {error}; free disk space, or check the disk") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _copied(source: sqlite3.Connection, target: Path) -> list[str]:
+    """Copy all pages; returns what SQLite finds wrong with the copy."""
+    copy = sqlite3.connect(target, isolation_level=None)
+    try:
+        # In one step: a copy in several is begun anew whenever somebody commits between two of them.
+        source.backup(copy, pages=-1)
+        # Without a log of its own the copy is one file; whoever opens it for writing turns the log on again.
+        copy.execute("PRAGMA journal_mode = DELETE")
+        faults = [text for (text,) in copy.execute("PRAGMA integrity_check") if text != "ok"]
+    finally:
+        copy.close()
+    # SQLite 3.40, which Debian 12 has, sees these in sound tables WITHOUT ROWID whose key is not their first columns.
+    return [fault for fault in faults if not fault.startswith("NULL value in ")]
+
+
+def _flush(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
