@@ -100,7 +100,8 @@ def _add_scan(adder: Any) -> None:
         adder,
         "scan",
         commands.scan,
-        "find meters on a serial port or behind a TCP host and say which profile fits each",
+        "find meters on a serial port or behind a TCP host and say which profile fits each; "
+        "pulse outputs (S0) cannot be found",
     )
     scan.add_argument("--port", metavar="PORT", help="a serial port, or with --host a TCP port (default 502)")
     scan.add_argument("--host", metavar="HOST", help="a Modbus TCP meter or gateway")
@@ -128,6 +129,20 @@ def _add_scan(adder: Any) -> None:
         type=_seconds_or_none,
         default=8.0,
         help="seconds for a meter that must be asked by IEC 62056-21 (default 8; 0: do not ask)",
+    )
+    scan.add_argument(
+        "--wi-sun",
+        metavar="S",
+        type=_seconds_or_none,
+        default=1.0,
+        help="seconds for a Wi-SUN adapter of route B (default 1; 0: do not ask)",
+    )
+    scan.add_argument(
+        "--mbus",
+        metavar="S",
+        type=_seconds_or_none,
+        default=0.4,
+        help="seconds to wait for each answer on a wired M-Bus (default 0.4; 0: do not ask)",
     )
     scan.add_argument("--json", action="store_true", help="one JSON object a line for each meter")
 

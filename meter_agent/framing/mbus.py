@@ -21,6 +21,9 @@ SND_NKE: Final = 0x40
 REQ_UD2: Final = 0x5B
 FRAME_COUNT_BIT: Final = 0x20
 
+ANYBODY: Final = 254
+"""Every meter answers to this address; with several on the line their answers collide."""
+
 ELECTRICITY: Final = 0x02
 
 _RSP_UD: Final = (0x08, 0x18, 0x28, 0x38)
@@ -49,6 +52,10 @@ class MalformedFrame(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+class NoAnswer(MalformedFrame):
+    """Nothing came at all."""
 
 
 @dataclass(frozen=True, slots=True)

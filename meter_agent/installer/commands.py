@@ -6,11 +6,11 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
-from firmware_config.loader import ConfigError
+from firmware_config.loader import ConfigError, WrongValue
 from meter_agent.profiles import UnknownProfile, load_profile
 from meter_agent.shown import kwh, sample_json
 
@@ -86,13 +86,13 @@ def scan(options: argparse.Namespace) -> int:
     progress = _Progress()
     found: list[Any] = []
     try:
-        for probe in _probes(options):
+        for probe in _probes(options, progress.note):
             before = len(found)
             for meter in probe.look(progress.say):
                 found.append(meter)
                 progress.note(_found_text(meter))
-            if len(found) > before and not meter.device_ids:
-                # A meter that pushes, or signs on, has the line to itself: nobody there waits for a question.
+            if len(found) > before:
+                # Who pushes or signs on has the line to itself, and a bus has meters of one kind.
                 break
     except KeyboardInterrupt:
         progress.note("stopped; this was found so far")
@@ -113,17 +113,21 @@ def scan(options: argparse.Namespace) -> int:
     return EXIT_OK if found else EXIT_FAILED
 
 
-def _probes(options: argparse.Namespace) -> Iterable[Any]:
+def _probes(options: argparse.Namespace, note: Callable[[str], None]) -> Iterable[Any]:
     from meter_agent.installer.scan import (
         ListenProbe,
+        MBusProbe,
         ModbusProbe,
         RealClock,
         ScanLimits,
         SignOnProbe,
+        WiSunProbe,
         all_profiles,
         line_settings,
         listeners,
+        mbus_settings,
     )
+    from meter_agent.readers.mbus import import_meterbus
     from meter_agent.readers.modbus import SerialTarget, TcpTarget
 
     clock = RealClock()
@@ -143,8 +147,20 @@ def _probes(options: argparse.Namespace) -> Iterable[Any]:
     limits = ScanLimits(options.timeout or SERIAL_REPLY_S, options.device_time, options.listen)
     if options.listen > 0:
         yield ListenProbe(path, listeners(), limits, clock)
+    if options.wi_sun > 0:
+        yield WiSunProbe(path, options.wi_sun, clock)
     if options.sign_on > 0:
         yield SignOnProbe(path, options.sign_on, clock)
+    if options.mbus > 0:
+        try:
+            library = import_meterbus("scan")
+        except WrongValue:
+            note("M-Bus is not asked for; that needs `pip install 'dengen[mbus]'`")
+        else:
+            # Meters leave the factory with address 0.
+            addresses = list(dict.fromkeys((0, *options.ids)))
+            line_choices = mbus_settings(options.baud, options.parity)
+            yield MBusProbe(path, line_choices, addresses, options.mbus, clock, library)
     settings = line_settings(known, options.baud, options.parity)
     if not settings:
         raise WrongOptions("scan: no profile says how this line is set; give --baud")

@@ -1,14 +1,19 @@
 """`meter-agent scan`: which meters hang on a serial port or behind a TCP host, and which profile fits each.
 
 A list of probes looks one after the other. On a serial port the listeners come first, because a meter that pushes its
-telegrams says by itself what it is, and nobody has to be asked. Then one is asked to sign on, and at last the Modbus
-probe asks every device id at every line setting. A further protocol is one more `Listener` in `listeners()`, or one
-more class with `look`.
+telegrams says by itself what it is, and nobody has to be asked. Then a Wi-SUN adapter is asked for, a meter that signs
+on, the meters on an M-Bus, and at last the Modbus probe asks every device id at every line setting. The first probe
+that finds something is the last: what it found has the line to itself or shares it with its like. A further protocol
+is one more `Listener` in `listeners()`, or one more class with `look`.
+
+What cannot be found: pulse outputs (S0), which say nothing, and whether a meter is in reach of a Wi-SUN adapter, which
+takes route B's id and password.
 
 An id where nobody answers costs two short requests, one that answers at most `ScanLimits.device_s`.
 """
 
 import contextlib
+import re
 import termios
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,13 +24,15 @@ from typing import Any, Final, Protocol
 import serial
 
 from meter_agent import decode
-from meter_agent.config import Iec62056Config
+from meter_agent.config import BRouteConfig, Iec62056Config, MBusConfig
 from meter_agent.framing import hdlc, iec62056_21, p1, sml
 from meter_agent.framing.dlms import parse_list
+from meter_agent.framing.mbus import ACKNOWLEDGE, ANYBODY, SND_NKE, MalformedFrame, NoAnswer, short_frame
 from meter_agent.framing.telegram import MalformedTelegram, TelegramReading
 from meter_agent.installer.identify import Fit, Look, Verdict, equally_good, judge, ranked
 from meter_agent.profiles import MeterProfile, Pauses, Quantity, SerialDefaults, load_profile, profile_names
 from meter_agent.readers.iec62056_21 import create_iec62056_21_reader
+from meter_agent.readers.mbus import MBusLine, MBusReader
 from meter_agent.readers.modbus import LineFailure, ModbusLine, ModbusReader, SerialTarget, TcpTarget
 from meter_agent.readings import Clock, ReadFailure, Sample
 from meter_agent.request_plan import Span
@@ -38,6 +45,11 @@ _PRESENCE: Final = (Span(3, 0, 2), Span(4, 0, 2))
 _PRESENCE_PAUSES: Final = Pauses(late_reply_ms=100)
 _GATEWAY_EXCEPTIONS: Final = (10, 11)
 """The gateway speaks for a device that is not there."""
+
+_MBUS_BAUD_RATES: Final = (2_400, 9_600, 300)
+
+_SKVER: Final = b"SKVER\r\n"
+_EVER: Final = re.compile(rb"EVER [0-9.]{1,20}(?=\r)")
 
 Progress = Callable[[str], None]
 
@@ -233,6 +245,112 @@ class SignOnProbe:
         yield Found(where, [], table, sample, note="it answers a sign-on")
 
 
+class WiSunProbe:
+    """Asks for an adapter that speaks SKSTACK-IP, as Japanese meters need."""
+
+    def __init__(self, port: Path, timeout_s: float, clock: Clock) -> None:
+        self._port = port
+        self._timeout_s = timeout_s
+        self._clock = clock
+
+    def look(self, progress: Progress) -> Iterator[Found]:
+        """Yields the adapter; what the meter behind it shows only route B's id and password would tell."""
+        config = BRouteConfig("broute", self._port, "", Path())
+        where = f"{self._port} {config.baud} 8N1"
+        progress(f"{where}: asking for a Wi-SUN adapter for {self._timeout_s:g} s")
+        version = self._version(SerialDefaults(config.baud, "N"))
+        if version is not None:
+            note = f"a Wi-SUN adapter ({version}); fill in route B's id and password, and see `meter-agent read`"
+            table = {"protocol": "broute", "port": str(self._port), "route_b_id": "", "password_file": ""}
+            yield Found(where, [], table, None, note=note)
+
+    def _version(self, line: SerialDefaults) -> str | None:
+        """What it answers to SKVER, for example "EVER 1.2.10"."""
+        received = b""
+        ends_s = self._clock.monotonic_s() + self._timeout_s
+        try:
+            with _opened(self._port, line) as handle:
+                handle.write(_SKVER)
+                while self._clock.monotonic_s() < ends_s and len(received) < READ_BYTES:
+                    received += _received(handle)
+                    found = _EVER.search(received)
+                    if found is not None:
+                        return found[0].decode().strip()
+        except (ScanFailed, OSError, termios.error):
+            # Not every adapter can do this baud rate; the next probe says so if none can be opened at all.
+            return None
+        return None
+
+
+class MBusProbe:
+    """Asks each primary address on a wired M-Bus, if anybody there answers at all."""
+
+    def __init__(
+        self,
+        port: Path,
+        settings: Sequence[SerialDefaults],
+        addresses: Sequence[int],
+        timeout_s: float,
+        clock: Clock,
+        library: Any,
+    ) -> None:
+        """`library` is the module meterbus."""
+        self._port = port
+        self._settings = settings
+        self._addresses = addresses
+        self._timeout_s = timeout_s
+        self._clock = clock
+        self._library = library
+
+    def look(self, progress: Progress) -> Iterator[Found]:
+        """Yields each meter; a setting at which nobody answers costs one request."""
+        for setting in self._settings:
+            line = MBusLine(self._port, setting.baud, setting.parity, self._clock.monotonic_s)
+            where = f"{self._port} {line_text(setting)}"
+            found = 0
+            try:
+                progress(f"{where}: asking for anybody on an M-Bus")
+                if not self._answers(line, ANYBODY):
+                    continue
+                for position, address in enumerate(self._addresses, start=1):
+                    progress(f"{where}: asking M-Bus address {address} ({position} of {len(self._addresses)})")
+                    if self._answers(line, address):
+                        found += 1
+                        yield self._read(line, where, address)
+            except ReadFailure as failure:
+                # Not every adapter can do each setting.
+                progress(f"{where}: {failure.reason}")
+            finally:
+                line.close()
+            if found:
+                return
+
+    def _answers(self, line: MBusLine, address: int) -> bool:
+        """True if the meter acknowledges; of ANYBODY also if something comes that is two answers at once, perhaps."""
+        try:
+            answer = line.exchange("scan", short_frame(SND_NKE, address), self._timeout_s)
+        except NoAnswer:
+            return False
+        except MalformedFrame:
+            return address == ANYBODY
+        return answer == bytes([ACKNOWLEDGE])
+
+    def _read(self, line: MBusLine, where: str, address: int) -> Found:
+        config = MBusConfig("mbus", self._port, address, line.baud, line.parity, timeout_s=self._timeout_s)
+        table = {"protocol": "mbus", "port": str(self._port), "address": address}
+        table |= {"baud": line.baud, "parity": line.parity}
+        try:
+            sample = MBusReader("scan", config, line, self._clock, self._library).sample()
+        except ReadFailure as failure:
+            return Found(where, [address], table, None, note=failure.reason)
+        return Found(where, [address], table, sample, note="it answers on an M-Bus")
+
+
+def mbus_settings(baud: int | None, parity: Any) -> list[SerialDefaults]:
+    """The line settings to try for M-Bus: as given, else those of the standard, the commonest first."""
+    return [SerialDefaults(each, parity or "E") for each in ((baud,) if baud is not None else _MBUS_BAUD_RATES)]
+
+
 def line_settings(profiles: Iterable[MeterProfile], baud: int | None, parity: str | None) -> list[SerialDefaults]:
     """The line settings to try, the commonest first: as given, and what is left open as meters are delivered."""
     counts: dict[SerialDefaults, int] = {}
@@ -415,7 +533,8 @@ class RealClock:
 def fit_text(found: Found) -> str:
     """Which profile fits, in words for a table."""
     if not found.verdicts:
-        return found.reader["protocol"] if found.sample is not None else "none fits"
+        protocol: str = found.reader["protocol"]
+        return "none fits" if found.sample is None and protocol.startswith("modbus") else protocol
     best = found.verdicts[0]
     names = " or ".join(equally_good(found.verdicts))
     word = {Fit.CERTAIN: "certain", Fit.LIKELY: "likely"}.get(best.fit, "perhaps")

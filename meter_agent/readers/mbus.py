@@ -29,6 +29,7 @@ from meter_agent.framing.mbus import (
     SND_NKE,
     Header,
     MalformedFrame,
+    NoAnswer,
     Record,
     check_envelope,
     missing_bytes,
@@ -100,7 +101,8 @@ class MBusLine:
             data: bytes = handle.read(missing) if readable else b""
             if not data:
                 what = f"after {len(answer)} bytes" if answer else "at all"
-                raise MalformedFrame(f"no answer {what} within {timeout_s:g} s; check address, baud rate and wiring")
+                kind = MalformedFrame if answer else NoAnswer
+                raise kind(f"no answer {what} within {timeout_s:g} s; check address, baud rate and wiring")
             received += data
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import threading
 import time
 import tty
@@ -23,6 +24,10 @@ from meter_agent import cli
 from meter_agent.config import MeterConfig
 
 pytestmark = pytest.mark.integration
+
+MODBUS_ONLY = ("--listen", 0, "--wi-sun", 0, "--sign-on", 0, "--mbus", 0)
+NOBODY_ELSE = ("--listen", 0, "--sign-on", 0, "--ids", "1", "--baud", 2_400, "--parity", "N", "--timeout", 0.05)
+"""Pseudo-terminals take parity E only sometimes."""
 
 STATE = MeterState(time_s=0, import_wh=1_234_500, export_wh=567_500, power_w=1_500, serial=4_711)
 
@@ -68,10 +73,7 @@ def test_several_meters_on_one_line_are_told_apart(
         "N",
         "--timeout",
         0.1,
-        "--listen",
-        0,
-        "--sign-on",
-        0,
+        *MODBUS_ONLY,
     )
     code, found, progress = scan(capsys, *options)
     assert code == 0
@@ -143,10 +145,7 @@ def test_silent_ids_cost_a_bounded_time_and_a_silent_meter_is_not_found(
         "N",
         "--timeout",
         0.1,
-        "--listen",
-        0,
-        "--sign-on",
-        0,
+        *MODBUS_ONLY,
     )
     code, found, err = scan(capsys, *options)
     # Two requests each, and the pause after one that was not answered.
@@ -173,10 +172,7 @@ def test_what_sends_no_frame_is_no_meter_and_does_not_spoil_the_next_one(
         "N",
         "--timeout",
         0.1,
-        "--listen",
-        0,
-        "--sign-on",
-        0,
+        *MODBUS_ONLY,
     )
     code, found, _ = scan(capsys, *options)
     assert code == 0
@@ -200,10 +196,7 @@ def test_a_meter_whose_replies_are_short_fits_no_profile_and_costs_a_bounded_tim
         "N",
         "--timeout",
         0.1,
-        "--listen",
-        0,
-        "--sign-on",
-        0,
+        *MODBUS_ONLY,
     )
     _, found, _ = scan(capsys, *options, "--device-time", 1)
     # One more profile may have been begun when the time was over.
@@ -347,3 +340,97 @@ def test_ctrl_c_shows_what_was_found_so_far(start_bus: Callable[..., Any], capsy
     assert code == 0
     assert [meter["device_ids"] for meter in found] == [[1]]
     assert "stopped; this was found so far" in err
+
+
+def mbus_frame(address: int, medium: int = 2) -> bytes:
+    """1000 Wh and 123 W, in the frame of a Finder meter."""
+    body = bytes([0x08, address, 0x72]) + bytes.fromhex("07620023 2E19 23") + bytes([medium])
+    body += bytes.fromhex("92 00 0000 04 03 E8030000 04 2B 7B000000")
+    return bytes([0x68, len(body), len(body), 0x68]) + body + bytes([sum(body) & 0xFF, 0x16])
+
+
+@contextmanager
+def mbus(meters: dict[int, bytes], anybody: bytes = b"\xe5") -> Iterator[SerialPeer]:
+    """Meters by address; `anybody` comes back where all of them are asked at once."""
+
+    def answer(request: bytes, peer: Any) -> None:
+        if request[0] != 0x10:
+            return
+        control, address = request[1:3]
+        if address == 254:
+            peer.send(anybody)
+        elif address in meters:
+            peer.send(b"\xe5" if control == 0x40 else meters[address])
+
+    peer = SerialPeer(answer, lambda received: min(5 if received[:1] == b"\x10" else 8, len(received)))
+    peer.start()
+    try:
+        yield peer
+    finally:
+        peer.unplug()
+
+
+@pytest.mark.parametrize("anybody", [b"\xe5", b"\xe4\x00"], ids=["one answer", "answers that collide"])
+def test_meters_on_an_m_bus_are_told_apart(anybody: bytes, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("meterbus")
+    with mbus({1: mbus_frame(1), 3: mbus_frame(3, medium=4)}, anybody) as bus:
+        options = ("--listen", 0, "--wi-sun", 0, "--sign-on", 0, "--mbus", 0.1)
+        code, found, progress = scan(
+            capsys, "--port", bus.port, *options, "--ids", "1-3", "--baud", 2_400, "--parity", "N"
+        )
+    assert code == 0
+    assert [meter["device_ids"] for meter in found] == [[1], [3]]
+    assert (found[0]["reading"]["import_mwh"], found[0]["reading"]["power_w"]) == (1_000_000, 123)
+    assert found[0]["reading"]["serial_number"] == "FIN-23006207"
+    assert (found[1]["reading"], "not for electricity" in found[1]["note"]) == (None, True)
+    assert {request[2] for request in bus.requests} == {254, 0, 1, 2, 3}
+    assert "asking device" not in progress
+    data = {"direction": "consumption", "key_file": "k", "capacity_w": 1, "reader": found[0]["reader"]}
+    reader = build(data, MeterConfig, tmp_path / "agent.toml").reader
+    assert (reader.protocol, reader.address) == ("mbus", 1)  # type: ignore[union-attr]
+
+
+def test_where_nobody_speaks_m_bus_one_request_is_what_it_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("meterbus")
+    with mbus({}, b"") as bus:
+        code, found, _ = scan(capsys, "--port", bus.port, *NOBODY_ELSE, "--wi-sun", 0, "--mbus", 0.1)
+    assert (code, found) == (1, [])
+    assert [request for request in bus.requests if request[0] == 0x10] == [bytes.fromhex("1040FE3E16")]
+
+
+def test_noise_is_no_meter_on_an_m_bus(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("meterbus")
+    with pushing(b"\x42\x00\x17") as port:
+        code, found, progress = scan(capsys, "--port", port, *NOBODY_ELSE, "--wi-sun", 0, "--mbus", 0.1)
+    assert (code, found) == (1, [])
+    assert "asking M-Bus address 1 (2 of 2)" in progress
+
+
+def test_without_its_library_m_bus_is_left_out_and_said_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "meterbus", None)
+    with mbus({}) as bus:
+        _, _, progress = scan(capsys, "--port", bus.port, *NOBODY_ELSE, "--wi-sun", 0)
+    assert "M-Bus is not asked for; that needs `pip install 'dengen[mbus]'`" in progress
+    assert not any(request[0] == 0x10 for request in bus.requests)
+
+
+@pytest.mark.parametrize("answer", [b"SKVER\r\nEVER 1.2.10\r\nOK\r\n", b"\x00\xff\r\nEVER 1.2.10\r\nOK\r\n"])
+def test_a_wi_sun_adapter_is_named_with_what_is_still_needed(answer: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    peer = SerialPeer(lambda request, peer: peer.send(answer), lambda received: received.find(b"\n") + 1)
+    peer.start()
+    code, found, _ = scan(capsys, "--port", peer.port, "--listen", 0, "--wi-sun", 2)
+    peer.unplug()
+    assert code == 0
+    assert peer.requests == [b"SKVER\r\n"]
+    assert found[0]["reader"] == {"protocol": "broute", "port": str(peer.port), "route_b_id": "", "password_file": ""}
+    assert "a Wi-SUN adapter (EVER 1.2.10); fill in route B's id" in found[0]["note"]
+
+
+def test_what_chatters_is_no_wi_sun_adapter(capsys: pytest.CaptureFixture[str]) -> None:
+    with pushing(b"EVERY day EVER x\r\n" * 100) as port:
+        begin_s = time.monotonic()
+        code, found, _ = scan(capsys, "--port", port, *NOBODY_ELSE, "--wi-sun", 0.3, "--mbus", 0)
+    assert (code, found) == (1, [])
+    assert time.monotonic() - begin_s < 10
