@@ -5,13 +5,13 @@ of it in one durable transaction and answers. The caller decides when to commit:
 as have come in (group commit), since a commit costs one wait for the disk however much it carries.
 """
 
-import fcntl
 import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from broker.ledger.chain import Head, Step, block_id_of, first_head, genesis_hash, validators_of
+from broker.ledger.chain import Head, Step, genesis_hash, validators_of
+from broker.ledger.directory import checked_head, locked, opened_store
 from broker.ledger.engine import BUSY, ClientResult, Committed
 from broker.ledger.faults import RuleViolation
 from broker.ledger.holdings_view import HoldingsView
@@ -25,11 +25,10 @@ from broker.ledger.limits import (
 from broker.ledger.opening import Charter, OpenedBatch, RefusedBatch, charter_of, open_batch, party_signer
 from broker.ledger.receipts import SignedHead, sign_head
 from broker.ledger.rules import keys_read
-from broker.ledger.store import FILE_NAME, FORMAT, LOCK_NAME, LedgerError, Store
+from broker.ledger.store import FILE_NAME, LedgerError
 from broker.ledger.trust import issuer_of
 from broker.protocol import envelope
 from broker.protocol.envelope import Signer
-from broker.protocol.errors import ProtocolError
 from broker.protocol.keys import PrivateKey
 from broker.protocol.limits import MAX_BLOCK_BYTES, MAX_REASON_CHARACTERS
 from broker.protocol.messages import Block, Genesis, Result, ResultStatus
@@ -55,10 +54,10 @@ class EmbeddedLedger:
         ):
             raise LedgerError(path, f"{validator_name} with this key is no validator of ledger {genesis.ledger}")
         path.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(path)
+        self._lock = locked(path)
         try:
-            self._store = _opened_store(path, genesis)
-            self._head = _checked_head(path, self._store, genesis)
+            self._store = opened_store(path, genesis)
+            self._head = checked_head(path, self._store, genesis, validators_of(genesis))
         except (sqlite3.Error, LedgerError) as error:
             os.close(self._lock)
             if isinstance(error, LedgerError):
@@ -190,54 +189,3 @@ class EmbeddedLedger:
 def _refusal(batch_id: bytes, violation: RuleViolation) -> Result:
     reason = f"{violation.code}: {violation.reason}"[:MAX_REASON_CHARACTERS]
     return Result(batch_id, ResultStatus.REFUSED, operation=violation.operation_index, reason=reason)
-
-
-def _locked(path: Path) -> int:
-    """Hold the directory for this process. The lock goes with the process, so a killed one leaves nothing behind."""
-    descriptor = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise LedgerError(path, "in use by another process; stop that one first") from None
-    return descriptor
-
-
-def _opened_store(path: Path, genesis: Genesis) -> Store:
-    file = path / FILE_NAME
-    if file.exists():
-        store = Store.open(file)
-        if store.has_schema():
-            return store
-        store.close()  # Killed while it was being made: nothing was in it yet.
-    return Store.create(file, genesis.to_bytes(), first_head(genesis))
-
-
-def _checked_head(path: Path, store: Store, genesis: Genesis) -> Head:
-    """The stored head, once it agrees with genesis and last block. Raises LedgerError; `verify_ledger` checks all."""
-    if store.meta("format") != bytes((FORMAT,)):
-        raise LedgerError(path, f"not of format {FORMAT}; it was made by another version of this program")
-    if store.meta("genesis") != genesis.to_bytes():
-        raise LedgerError(path, f"founded on another genesis than the given one of {genesis.ledger}; check the path")
-    damaged = "run `energy-broker ledger verify` on it and restore it from a copy"
-    try:
-        head = Head.from_bytes(store.meta("head") or b"")
-        checkpoint = head.checkpoint()
-        last = store.last_block()
-        if last is None:
-            if head != first_head(genesis):
-                raise LedgerError(path, f"the head says height {head.height}, but there are no blocks; {damaged}")
-            return head
-        height, block_id, raw = last
-        opened = envelope.open_envelope(raw, genesis.ledger, validators_of(genesis).get)
-    except (ProtocolError, ValueError) as error:
-        raise LedgerError(path, f"the head does not hold: {error}; {damaged}") from error
-    block = opened.message
-    if (
-        not isinstance(block, Block)
-        or (height, block_id, block_id_of(raw)) != (head.height, head.block_id, head.block_id)
-        or (block.height, block.state_hash, block.tree_size, block.root)
-        != (head.height, head.state_hash, head.tree_size, checkpoint.root)
-    ):
-        raise LedgerError(path, f"the head does not agree with block {height}; {damaged}")
-    return head

@@ -258,6 +258,12 @@ def scan_bounds(prefix: Key, low: int, high: int) -> tuple[bytes, bytes]:
     return head + items + cbor.encode(low), head + items + cbor.encode(high)
 
 
+def prefix_bounds(prefix: Key) -> tuple[bytes, bytes]:
+    """The encoded bounds [from, to) of all keys that begin with `prefix` and go on."""
+    head = bytes((0x80 + _ROWS[prefix[0]][0],)) + cbor.encode(prefix)[1:]
+    return head, head + b"\xff"  # No CBOR item of a key begins with 0xff.
+
+
 def table_bounds(table: int) -> tuple[bytes, bytes]:
     """The encoded bounds [from, to) of all keys of a table."""
     head = bytes((0x80 + _ROWS[table][0],))

@@ -6,9 +6,10 @@ holds the hashes of Merkle nodes from position `first` on, in the order in which
 """
 
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from broker.ledger.chain import Head
@@ -21,6 +22,8 @@ LOCK_NAME: Final = "ledger.lock"
 FORMAT: Final = 2
 SIGNED_HEAD: Final = "signed_head"
 """The row of `meta` with the head as a validator signed it."""
+NETWORK: Final = "network"
+"""The row of `meta` in which a node of a network keeps where the network stands; no operation makes it."""
 
 _KEYS_PER_READ: Final = 500  # well under SQLite's limit of bound parameters
 
@@ -141,10 +144,12 @@ class Store:
         head: Head,
         nodes: list[tuple[int, bytes]],
         signed_head: bytes | None = None,
+        notes: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
         """Write one commit durably. Raises sqlite3.Error, and then neither file nor cache has changed.
 
         `signed_head` is the head as a validator signed it (`receipts.SignedHead`); a copy without a key has none.
+        `notes` are further rows of `meta`.
         """
         put = sorted((key, value) for key, value in rows.items() if value is not None)
         gone = sorted((key,) for key, value in rows.items() if value is None)
@@ -158,9 +163,10 @@ class Store:
             database.executemany("INSERT INTO blocks VALUES (?, ?, ?)", blocks)
             database.executemany("INSERT INTO batches VALUES (?, ?)", batches)
             database.executemany("INSERT INTO nodes VALUES (?, ?)", nodes)
-            database.execute("UPDATE meta SET value = ? WHERE name = 'head'", (head.to_bytes(),))
+            meta = {"head": head.to_bytes(), **notes}
             if signed_head is not None:
-                database.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (SIGNED_HEAD, signed_head))
+                meta[SIGNED_HEAD] = signed_head
+            database.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", meta.items())
             database.execute("COMMIT")
         except sqlite3.Error:
             if database.in_transaction:

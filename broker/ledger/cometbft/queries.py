@@ -1,0 +1,143 @@
+"""What a node can be asked over ABCI Query (`abci_query` of CometBFT's RPC). Questions and answers are CBOR.
+
+| path | question | answer |
+|---|---|---|
+| /genesis | – | the genesis |
+| /head | – | [head (`chain.Head`), network height, rows digest] |
+| /checkpoint | – | the sealed Checkpoint of the head, by this node's key |
+| /blocks | [from height, bytes at most] | [height, [sealed block …]]; at least one block if there is any |
+| /holdings | [party, cursor or null] | [height, [holding …], next cursor or null] |
+| /signer | key id | [name, COSE_Key] of a registered party, or null |
+| /result | batch id | [0, ledger height], [1, network height, operation or null, fault, reason], or null if not known |
+
+Answers of one path come from one moment; compare heights between pages. A refusal is remembered for a while only.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from broker.ledger.chain import Head
+from broker.ledger.holdings_view import HoldingsView
+from broker.ledger.opening import party_signer
+from broker.ledger.store import Store
+from broker.protocol import cbor
+from broker.protocol.codec import Bytes, Name, Row, Unsigned
+from broker.protocol.errors import MalformedMessage
+from broker.protocol.keys import KEY_ID_BYTES
+from broker.protocol.limits import MAX_BLOCK_BYTES
+from broker.protocol.messages import Genesis
+
+MAX_QUESTION_BYTES: Final = 512
+
+
+class QueryError(Exception):
+    """A question that cannot be answered; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a batch was refused in block `network_height` of CometBFT. `operation` is None for the batch as a whole."""
+
+    network_height: int
+    operation: int | None
+    fault: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """What the answers are made of, as of now."""
+
+    store: Store
+    genesis: Genesis
+    head: Head
+    network_height: int
+    rows_digest: bytes
+    refusals: Mapping[bytes, Refusal]
+    checkpoint: Callable[[], bytes]
+    file: Path
+    """The ledger's file: holdings are read past the cache, on a connection of their own."""
+
+
+def answer_query(path: str, question: bytes, sources: Sources) -> bytes:
+    """The answer's bytes. Raises QueryError."""
+    answer = _ANSWERS.get(path)
+    if answer is None:
+        raise QueryError(f"no such path; ask one of {', '.join(_ANSWERS)}")
+    try:
+        return answer(sources, question)
+    except MalformedMessage as error:
+        raise QueryError(str(error)) from error
+
+
+def _genesis(sources: Sources, _: bytes) -> bytes:
+    return sources.genesis.to_bytes()
+
+
+def _head(sources: Sources, _: bytes) -> bytes:
+    return cbor.encode([sources.head.to_bytes(), sources.network_height, sources.rows_digest])
+
+
+def _checkpoint(sources: Sources, _: bytes) -> bytes:
+    return sources.checkpoint()
+
+
+_BLOCKS_QUESTION: Final = Row((Unsigned(minimum=1), Unsigned()))
+
+
+def _blocks(sources: Sources, question: bytes) -> bytes:
+    from_height, most = _BLOCKS_QUESTION.decode(_decoded(question), "question")
+    blocks: list[bytes] = []
+    size = 0
+    for _, _, raw in sources.store.blocks(from_height):
+        size += len(raw)
+        if blocks and size > min(most, MAX_BLOCK_BYTES):
+            break
+        blocks.append(raw)
+    return cbor.encode([sources.head.height, blocks])
+
+
+def _holdings(sources: Sources, question: bytes) -> bytes:
+    asked = _decoded(question)
+    if type(asked) is not list or len(asked) != 2:
+        raise MalformedMessage("question", "[party, cursor or null]")
+    party = Name().decode(asked[0], "party")
+    cursor = None if asked[1] is None else Bytes(1, 256).decode(asked[1], "cursor")
+    with closing(HoldingsView(sources.file)) as view:
+        page = view.page(party, cursor)
+    return cbor.encode([page.height, page.entries, page.next_cursor])
+
+
+def _signer(sources: Sources, question: bytes) -> bytes:
+    key_id = Bytes(KEY_ID_BYTES, KEY_ID_BYTES).decode(_decoded(question), "question")
+    signer = party_signer(sources.store, key_id)
+    return cbor.encode(None if signer is None else [signer.name, signer.key.cose_key])
+
+
+def _result(sources: Sources, question: bytes) -> bytes:
+    batch_id = Bytes(32, 32).decode(_decoded(question), "question")
+    height = sources.store.height_of(batch_id)
+    if height is not None:
+        return cbor.encode([0, height])
+    refusal = sources.refusals.get(batch_id)
+    if refusal is None:
+        return cbor.encode(None)
+    return cbor.encode([1, refusal.network_height, refusal.operation, refusal.fault, refusal.reason])
+
+
+def _decoded(question: bytes) -> Any:
+    return cbor.decode(question, "question", MAX_QUESTION_BYTES)
+
+
+_ANSWERS: Final[Mapping[str, Callable[[Sources, bytes], bytes]]] = {
+    "/genesis": _genesis,
+    "/head": _head,
+    "/checkpoint": _checkpoint,
+    "/blocks": _blocks,
+    "/holdings": _holdings,
+    "/signer": _signer,
+    "/result": _result,
+}

@@ -1,0 +1,71 @@
+"""A ledger's directory: one process holds it, and what it stores must agree with the genesis before it is used."""
+
+import fcntl
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from broker.ledger.chain import Head, block_id_of, first_head
+from broker.ledger.store import FILE_NAME, FORMAT, LOCK_NAME, LedgerError, Store
+from broker.protocol import envelope
+from broker.protocol.envelope import Signer
+from broker.protocol.errors import ProtocolError
+from broker.protocol.messages import Block, Genesis
+
+
+def locked(path: Path) -> int:
+    """Hold the directory for this process; returns the lock's descriptor. Raises LedgerError if another one has it.
+
+    The lock goes with the process, so a killed one leaves nothing behind.
+    """
+    descriptor = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise LedgerError(path, "in use by another process; stop that one first") from None
+    return descriptor
+
+
+def opened_store(path: Path, genesis: Genesis) -> Store:
+    """The directory's file, made if it is not there yet. Raises sqlite3.Error."""
+    file = path / FILE_NAME
+    if file.exists():
+        store = Store.open(file)
+        if store.has_schema():
+            return store
+        store.close()  # Killed while it was being made: nothing was in it yet.
+    return Store.create(file, genesis.to_bytes(), first_head(genesis))
+
+
+def checked_head(path: Path, store: Store, genesis: Genesis, signers: Mapping[bytes, Signer]) -> Head:
+    """The stored head, once it agrees with genesis and last block, which one of `signers` must have sealed.
+
+    Raises LedgerError; `verify_ledger` checks all.
+    """
+    if store.meta("format") != bytes((FORMAT,)):
+        raise LedgerError(path, f"not of format {FORMAT}; it was made by another version of this program")
+    if store.meta("genesis") != genesis.to_bytes():
+        raise LedgerError(path, f"founded on another genesis than the given one of {genesis.ledger}; check the path")
+    damaged = "run `energy-broker ledger verify` on it and restore it from a copy"
+    try:
+        head = Head.from_bytes(store.meta("head") or b"")
+        checkpoint = head.checkpoint()
+        last = store.last_block()
+        if last is None:
+            if head != first_head(genesis):
+                raise LedgerError(path, f"the head says height {head.height}, but there are no blocks; {damaged}")
+            return head
+        height, block_id, raw = last
+        opened = envelope.open_envelope(raw, genesis.ledger, signers.get)
+    except (ProtocolError, ValueError) as error:
+        raise LedgerError(path, f"the head does not hold: {error}; {damaged}") from error
+    block = opened.message
+    if (
+        not isinstance(block, Block)
+        or (height, block_id, block_id_of(raw)) != (head.height, head.block_id, head.block_id)
+        or (block.height, block.state_hash, block.tree_size, block.root)
+        != (head.height, head.state_hash, head.tree_size, checkpoint.root)
+    ):
+        raise LedgerError(path, f"the head does not agree with block {height}; {damaged}")
+    return head
