@@ -133,6 +133,7 @@ class _Replay:
             # network stands is for CometBFT to compare.
             own_meta = (row for row in stored.meta_rows() if row[0] not in (SIGNED_HEAD, NETWORK))
             self._compare("meta", own_meta, replayed.meta_rows(), str)
+            self._check_signed_head(stored.meta(SIGNED_HEAD))
         except _Stop as stop:
             self._errors.append(str(stop))
         finally:

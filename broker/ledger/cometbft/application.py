@@ -31,9 +31,11 @@ from broker.ledger.directory import checked_head, locked, opened_store
 from broker.ledger.faults import RuleViolation
 from broker.ledger.limits import BATCH_HEAD_BYTES, BLOCK_HEAD_BYTES, MAX_BLOCK_BATCHES
 from broker.ledger.opening import RefusedBatch, charter_of, open_batch, party_signer
+from broker.ledger.receipts import SignedHead, sign_head
 from broker.ledger.rows_digest import NO_DIGEST
 from broker.ledger.rules import keys_read
 from broker.ledger.store import FILE_NAME, NETWORK, LedgerError
+from broker.ledger.trust import issuer_of
 from broker.protocol import cbor, envelope
 from broker.protocol.envelope import Signer
 from broker.protocol.errors import ProtocolError
@@ -150,6 +152,8 @@ class NodeApplication:
             if isinstance(error, LedgerError):
                 raise
             raise LedgerError(path, f"SQLite says {error}; restore the ledger from a copy") from error
+        self._issuer = issuer_of(genesis.ledger, genesis_hash(genesis))
+        self._signed = self._sign(self._head)
         self._handlers: Mapping[type[Message], Callable[[Any], Message]] = {
             abci.EchoRequest: lambda request: abci.EchoResponse(request.message),
             abci.FlushRequest: lambda _: abci.FlushResponse(),
@@ -355,15 +359,28 @@ class NodeApplication:
         if executed is None:
             raise ApplicationStopped("CometBFT commits a block that it has not handed in; restart the node")
         step = executed.step
-        notes = {NETWORK: executed.progress.to_bytes()}
-        self._store.write(step.rows, step.written(), executed.blocks, executed.heights, step.head, notes)
-        self._head, self._progress, self._executed = step.head, executed.progress, None
+        # Only what is committed gets this node's signature.
+        signed = self._sign(step.head) if executed.blocks else self._signed
+        self._store.write(
+            step.rows,
+            step.written(),
+            executed.blocks,
+            executed.heights,
+            step.head,
+            step.nodes,
+            signed.to_bytes() if executed.blocks else None,
+            {NETWORK: executed.progress.to_bytes()},
+        )
+        self._head, self._signed, self._progress, self._executed = step.head, signed, executed.progress, None
         for batch_id, refusal in executed.refusals.items():
             self._refusals.pop(batch_id, None)
             self._refusals[batch_id] = refusal
         while len(self._refusals) > MAX_REMEMBERED_REFUSALS:
             del self._refusals[next(iter(self._refusals))]
         return abci.CommitResponse()
+
+    def _sign(self, head: Head) -> SignedHead:
+        return sign_head(head.checkpoint(), self._key, self._charter.ledger, self._name, self._issuer)
 
     # --- reading
 
@@ -383,7 +400,7 @@ class NodeApplication:
             self._progress.height,
             self._progress.rows_digest,
             self._refusals,
-            lambda: envelope.seal(self._head.checkpoint(), self._key, self._charter.ledger, self._name),
+            self._signed.checkpoint,
             self._path / FILE_NAME,
         )
 

@@ -57,7 +57,7 @@ class Sources:
     network_height: int
     rows_digest: bytes
     refusals: Mapping[bytes, Refusal]
-    checkpoint: Callable[[], bytes]
+    checkpoint: bytes
     file: Path
     """The ledger's file: holdings are read past the cache, on a connection of their own."""
 
@@ -82,7 +82,7 @@ def _head(sources: Sources, _: bytes) -> bytes:
 
 
 def _checkpoint(sources: Sources, _: bytes) -> bytes:
-    return sources.checkpoint()
+    return sources.checkpoint
 
 
 _BLOCKS_QUESTION: Final = Row((Unsigned(minimum=1), Unsigned()))
