@@ -13,16 +13,22 @@ from broker.ledger.cometbft.protobuf import Field, Kind, MalformedProtobuf, Mess
 
 
 class CheckType(IntEnum):
+    """Whether a transaction is new or was checked before."""
+
     NEW = 0
     RECHECK = 1
 
 
 class ProposalStatus(IntEnum):
+    """The answer to a proposed block."""
+
     ACCEPT = 1
     REJECT = 2
 
 
 class VoteStatus(IntEnum):
+    """The answer to a vote extension."""
+
     ACCEPT = 1
     REJECT = 2
 
@@ -74,6 +80,8 @@ class ValidatorUpdate(Message):
 
 @dataclass(frozen=True, slots=True)
 class BlockParams(Message):
+    """The most that a block may hold."""
+
     max_bytes: int = 0
     max_gas: int = 0
 
@@ -85,6 +93,8 @@ class BlockParams(Message):
 
 @dataclass(frozen=True, slots=True)
 class VersionParams(Message):
+    """The version of the rules that all nodes run."""
+
     app: int = 0
 
     FIELDS: ClassVar[tuple[Field, ...]] = (Field(1, "app", Kind.UNSIGNED),)
@@ -120,6 +130,8 @@ class TxResult(Message):
 
 @dataclass(frozen=True, slots=True)
 class Snapshot(Message):
+    """A snapshot by the height at which it was taken."""
+
     height: int = 0
     format: int = 0
     chunks: int = 0
@@ -140,6 +152,8 @@ class Snapshot(Message):
 
 @dataclass(frozen=True, slots=True)
 class EchoRequest(Message):
+    """Asks for the same text back."""
+
     message: str = ""
 
     FIELDS: ClassVar[tuple[Field, ...]] = (Field(1, "message", Kind.TEXT),)
@@ -152,6 +166,8 @@ class FlushRequest(Message):
 
 @dataclass(frozen=True, slots=True)
 class InfoRequest(Message):
+    """Asks where the application stands; sent at each start."""
+
     version: str = ""
 
     FIELDS: ClassVar[tuple[Field, ...]] = (Field(1, "version", Kind.TEXT),)
@@ -176,6 +192,8 @@ class InitChainRequest(Message):
 
 @dataclass(frozen=True, slots=True)
 class QueryRequest(Message):
+    """A question of somebody at the RPC."""
+
     data: bytes = b""
     path: str = ""
     height: int = 0
@@ -191,6 +209,8 @@ class QueryRequest(Message):
 
 @dataclass(frozen=True, slots=True)
 class CheckTxRequest(Message):
+    """May this transaction wait in the mempool?"""
+
     tx: bytes = b""
     type: int = CheckType.NEW
 
@@ -219,6 +239,8 @@ class OfferSnapshotRequest(Message):
 
 @dataclass(frozen=True, slots=True)
 class LoadSnapshotChunkRequest(Message):
+    """Asks for a chunk that a peer wants."""
+
     height: int = 0
     format: int = 0
     chunk: int = 0
@@ -232,6 +254,8 @@ class LoadSnapshotChunkRequest(Message):
 
 @dataclass(frozen=True, slots=True)
 class ApplySnapshotChunkRequest(Message):
+    """A chunk of the snapshot that was accepted."""
+
     index: int = 0
     chunk: bytes = b""
     sender: str = ""
@@ -245,6 +269,8 @@ class ApplySnapshotChunkRequest(Message):
 
 @dataclass(frozen=True, slots=True)
 class PrepareProposalRequest(Message):
+    """What the mempool holds, for the block that this node is to propose."""
+
     max_tx_bytes: int = 0
     txs: tuple[bytes, ...] = ()
     height: int = 0
@@ -258,6 +284,8 @@ class PrepareProposalRequest(Message):
 
 @dataclass(frozen=True, slots=True)
 class ProcessProposalRequest(Message):
+    """Another node's proposal."""
+
     txs: tuple[bytes, ...] = ()
     hash: bytes = b""
     height: int = 0
@@ -271,6 +299,8 @@ class ProcessProposalRequest(Message):
 
 @dataclass(frozen=True, slots=True)
 class ExtendVoteRequest(Message):
+    """Asks for what to add to a vote."""
+
     hash: bytes = b""
     height: int = 0
 
@@ -279,6 +309,8 @@ class ExtendVoteRequest(Message):
 
 @dataclass(frozen=True, slots=True)
 class VerifyVoteExtensionRequest(Message):
+    """What another node added to its vote."""
+
     hash: bytes = b""
     validator_address: bytes = b""
     height: int = 0
@@ -321,6 +353,8 @@ class ExceptionResponse(Message):
 
 @dataclass(frozen=True, slots=True)
 class EchoResponse(Message):
+    """The same text."""
+
     message: str = ""
 
     FIELDS: ClassVar[tuple[Field, ...]] = (Field(1, "message", Kind.TEXT),)
@@ -333,6 +367,8 @@ class FlushResponse(Message):
 
 @dataclass(frozen=True, slots=True)
 class InfoResponse(Message):
+    """Where the application stands; CometBFT replays what is missing."""
+
     data: str = ""
     version: str = ""
     app_version: int = 0
@@ -350,6 +386,8 @@ class InfoResponse(Message):
 
 @dataclass(frozen=True, slots=True)
 class InitChainResponse(Message):
+    """What the application sets of the parameters, and the app hash before the first block."""
+
     consensus_params: ConsensusParams | None = None
     validators: tuple[ValidatorUpdate, ...] = ()
     app_hash: bytes = b""
@@ -382,6 +420,8 @@ class QueryResponse(Message):
 
 @dataclass(frozen=True, slots=True)
 class CheckTxResponse(Message):
+    """`code` is 0 for a transaction that may wait."""
+
     code: int = 0
     data: bytes = b""
     log: str = ""
@@ -404,6 +444,8 @@ class CommitResponse(Message):
 
 @dataclass(frozen=True, slots=True)
 class ListSnapshotsResponse(Message):
+    """The snapshots that peers may fetch."""
+
     snapshots: tuple[Snapshot, ...] = ()
 
     FIELDS: ClassVar[tuple[Field, ...]] = (Field(1, "snapshots", Snapshot, repeated=True),)
@@ -411,6 +453,8 @@ class ListSnapshotsResponse(Message):
 
 @dataclass(frozen=True, slots=True)
 class OfferSnapshotResponse(Message):
+    """Whether to fetch it."""
+
     result: int = 0
 
     FIELDS: ClassVar[tuple[Field, ...]] = (Field(1, "result", Kind.UNSIGNED),)
@@ -418,6 +462,8 @@ class OfferSnapshotResponse(Message):
 
 @dataclass(frozen=True, slots=True)
 class LoadSnapshotChunkResponse(Message):
+    """The chunk; empty if it is not there."""
+
     chunk: bytes = b""
 
     FIELDS: ClassVar[tuple[Field, ...]] = (Field(1, "chunk", Kind.BYTES),)
@@ -425,6 +471,8 @@ class LoadSnapshotChunkResponse(Message):
 
 @dataclass(frozen=True, slots=True)
 class ApplySnapshotChunkResponse(Message):
+    """What became of the chunk, and what to fetch again."""
+
     result: int = 0
     refetch_chunks: tuple[int, ...] = ()
     reject_senders: tuple[str, ...] = ()
@@ -438,6 +486,8 @@ class ApplySnapshotChunkResponse(Message):
 
 @dataclass(frozen=True, slots=True)
 class PrepareProposalResponse(Message):
+    """The transactions of the block to propose."""
+
     txs: tuple[bytes, ...] = ()
 
     FIELDS: ClassVar[tuple[Field, ...]] = (Field(1, "txs", Kind.BYTES, repeated=True),)
@@ -445,6 +495,8 @@ class PrepareProposalResponse(Message):
 
 @dataclass(frozen=True, slots=True)
 class ProcessProposalResponse(Message):
+    """Whether this node votes for it."""
+
     status: int = 0
 
     FIELDS: ClassVar[tuple[Field, ...]] = (Field(1, "status", Kind.UNSIGNED),)
@@ -452,6 +504,8 @@ class ProcessProposalResponse(Message):
 
 @dataclass(frozen=True, slots=True)
 class ExtendVoteResponse(Message):
+    """What is added: nothing."""
+
     vote_extension: bytes = b""
 
     FIELDS: ClassVar[tuple[Field, ...]] = (Field(1, "vote_extension", Kind.BYTES),)
@@ -459,6 +513,8 @@ class ExtendVoteResponse(Message):
 
 @dataclass(frozen=True, slots=True)
 class VerifyVoteExtensionResponse(Message):
+    """Whether that is sound."""
+
     status: int = 0
 
     FIELDS: ClassVar[tuple[Field, ...]] = (Field(1, "status", Kind.UNSIGNED),)
@@ -466,6 +522,8 @@ class VerifyVoteExtensionResponse(Message):
 
 @dataclass(frozen=True, slots=True)
 class FinalizeBlockResponse(Message):
+    """What a block did: a result for each transaction in order, changed validators, and the app hash after it."""
+
     tx_results: tuple[TxResult, ...] = ()
     validator_updates: tuple[ValidatorUpdate, ...] = ()
     app_hash: bytes = b""
