@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
@@ -10,8 +9,8 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from broker.commands import copies
-from broker.commands.common import DONE, FAILED, add_command, add_group, named_key, print_csv, print_row
+from broker.commands import copies, ledger_verify
+from broker.commands.common import DONE, add_command, add_group, named_key, print_csv, print_row
 from broker.config import load_genesis
 from broker.ledger.operations import Operation
 from broker.protocol.errors import MalformedMessage
@@ -54,10 +53,7 @@ def add_commands(commands: Any) -> None:
         group, "trust", "Print the trust file (ledger id and public keys) of a genesis file.", _ledger_trust
     )
     trust.add_argument("--genesis", type=Path, required=True, metavar="FILE", help="the ledger's genesis file")
-    verify = add_command(
-        group, "verify", "Check a ledger from its first block: exit 0 only if all of it holds.", _ledger_verify
-    )
-    verify.add_argument("path", type=Path, metavar="PATH", help="the ledger's directory")
+    ledger_verify.add_commands(group)
     show = add_command(group, "show", "Print what stands on a ledger.", _ledger_show)
     show.add_argument("path", type=Path, metavar="PATH", help="the ledger's directory")
     show.add_argument(
@@ -103,20 +99,6 @@ def _ledger_trust(options: argparse.Namespace) -> int:
 
     print(json.dumps(trust_of(load_genesis(options.genesis)), indent=2, sort_keys=True))
     return DONE
-
-
-def _ledger_verify(options: argparse.Namespace) -> int:
-    from broker.ledger.verify import verify_ledger
-
-    report = verify_ledger(options.path)
-    for error in report.errors:
-        print(f"{options.path}: {error}", file=sys.stderr)
-    verdict = "all of it holds" if report.ok else f"{len(report.errors)} faults; restore it from a copy that verifies"
-    print(
-        f"{options.path}: ledger {report.ledger}, height {report.height}, head {report.block_id.hex()},"
-        f" state {report.state_hash.hex()}: {verdict}"
-    )
-    return DONE if report.ok else FAILED
 
 
 def _ledger_show(options: argparse.Namespace) -> int:

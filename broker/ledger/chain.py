@@ -91,8 +91,11 @@ class Step:
         self.head = head
         """The last finished block; `finish_block` moves it."""
 
-    def apply(self, batch: OpenedBatch) -> None:
-        """Apply one batch whole. Raises RuleViolation, and then nothing has changed."""
+    def apply(self, batch: OpenedBatch) -> list[tuple[bytes, bytes, bytes]]:
+        """Apply one batch whole and return what it changed, as `changes_of` does.
+
+        Raises RuleViolation, and then nothing has changed.
+        """
         overlay = Overlay(self.state)
         apply_batch(overlay, self._charter, batch)
         changes = changes_of(overlay, self.state)
@@ -102,6 +105,7 @@ class Step:
         self.state.written.update(overlay.written)
         for leaf in batch.leaves:
             self._frontier.append(leaf)
+        return changes
 
     def block(self, batches: tuple[bytes, ...]) -> Block:
         """The block that carries these batches, all of them applied since the last one."""

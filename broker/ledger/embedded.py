@@ -25,7 +25,7 @@ from broker.ledger.limits import (
 from broker.ledger.opening import Charter, OpenedBatch, RefusedBatch, charter_of, open_batch, party_signer
 from broker.ledger.receipts import SignedHead, sign_head
 from broker.ledger.rules import keys_read
-from broker.ledger.store import FILE_NAME, LedgerError
+from broker.ledger.store import FILE_NAME, SIGNED_HEAD, LedgerError
 from broker.ledger.trust import issuer_of
 from broker.protocol import envelope
 from broker.protocol.envelope import Signer
@@ -156,7 +156,7 @@ class EmbeddedLedger:
                     list(heights.items()),
                     step.head,
                     step.nodes,
-                    signed.to_bytes(),
+                    {SIGNED_HEAD: signed.to_bytes()},
                 )
         except sqlite3.Error as error:
             raise LedgerError(self._path, f"SQLite says {error}; free disk space or replace the disk") from error

@@ -14,7 +14,7 @@ from broker.ledger.state import KEY, KEY_OF_DEVICE, KEY_OF_PARTY, KeyRow, State
 from broker.protocol import envelope
 from broker.protocol.envelope import Opened, Signer
 from broker.protocol.errors import MalformedMessage, UnknownKey
-from broker.protocol.keys import public_key_from_cose
+from broker.protocol.keys import PublicKey, public_key_from_cose
 from broker.protocol.market_time import MarketCalendar
 from broker.protocol.messages import Batch, Genesis, Message, MessageType, Registration
 
@@ -28,6 +28,8 @@ class Charter:
     areas: frozenset[str]
     registrars: Mapping[bytes, Signer]
     registrar_names: frozenset[str]
+    verifies: envelope.SignatureCheck = PublicKey.verifies
+    """How signatures are checked; the verifier puts in a check that is told beforehand which of them hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ def open_batch(raw: bytes, state: State, charter: Charter) -> OpenedBatch:
     signer = party_signer(state, parsed.key_id) or _introduced(parsed, charter)
     if signer is None:
         raise UnknownKey(parsed.key_id)
-    batch_id = envelope.verify(parsed, signer, charter.ledger)
+    batch_id = envelope.verify(parsed, signer, charter.ledger, charter.verifies)
     index = None
     try:
         batch = Batch.from_payload(parsed.payload)
@@ -104,7 +106,9 @@ def _introduced(parsed: envelope.Envelope, charter: Charter) -> Signer | None:
     first = decode_operation(Batch.from_payload(parsed.payload).operations[0])
     if not isinstance(first, Register):
         return None
-    statement = envelope.open_envelope(first.statement, charter.ledger, charter.registrars.get).message
+    statement = envelope.open_envelope(
+        first.statement, charter.ledger, charter.registrars.get, charter.verifies
+    ).message
     if not isinstance(statement, Registration):
         return None
     key = public_key_from_cose(statement.key)
@@ -135,7 +139,7 @@ def open_statement(
     raw: bytes, charter: Charter, lookup: envelope.KeyLookup, kind: type[_Statement]
 ) -> tuple[_Statement, Opened]:
     """Open a sealed statement inside an operation. Raises ProtocolError, also if it is another kind of message."""
-    opened = envelope.open_envelope(raw, charter.ledger, lookup)
+    opened = envelope.open_envelope(raw, charter.ledger, lookup, charter.verifies)
     if not isinstance(opened.message, kind):
         raise MalformedMessage("statement", f"a sealed {kind.__name__}")
     return opened.message, opened

@@ -15,13 +15,14 @@ from typing import Any, Final
 from broker.ledger.chain import Head
 from broker.ledger.limits import CACHED_ROWS
 from broker.ledger.state import SLICE, Key, Row, decode_key, decode_row, encode_key, scan_bounds
+from broker.protocol.limits import MAX_INTEGER
 from broker.protocol.messages import HASH_BYTES
 
 FILE_NAME: Final = "ledger.sqlite3"
 LOCK_NAME: Final = "ledger.lock"
 FORMAT: Final = 2
 SIGNED_HEAD: Final = "signed_head"
-"""The row of `meta` with the head as a validator signed it."""
+"""The row of `meta` with the head as a validator signed it (`receipts.SignedHead`); a copy without a key has none."""
 NETWORK: Final = "network"
 """The row of `meta` in which a node of a network keeps where the network stands; no operation makes it."""
 
@@ -57,9 +58,7 @@ class Store:
     @classmethod
     def create(cls, file: Path, genesis: bytes, head: Head, durable: bool = True) -> "Store":
         """Make a new ledger file; one that is not durable is for scratch only. Raises sqlite3.Error."""
-        store = cls(_connect(file))
-        if not durable:
-            store._db.execute("PRAGMA synchronous = OFF")
+        store = cls.open(file, durable)
         store._db.execute("BEGIN IMMEDIATE")
         for statement in _SCHEMA.split(";")[:-1]:
             store._db.execute(statement)
@@ -69,9 +68,12 @@ class Store:
         return store
 
     @classmethod
-    def open(cls, file: Path) -> "Store":
+    def open(cls, file: Path, durable: bool = True) -> "Store":
         """Open a ledger file for writing. Raises sqlite3.Error."""
-        return cls(_connect(file))
+        store = cls(_connect(file))
+        if not durable:
+            store._db.execute("PRAGMA synchronous = OFF")
+        return store
 
     @classmethod
     def open_read_only(cls, file: Path) -> "Store":
@@ -143,13 +145,11 @@ class Store:
         batches: list[tuple[bytes, int]],
         head: Head,
         nodes: list[tuple[int, bytes]],
-        signed_head: bytes | None = None,
         notes: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
-        """Write one commit durably. Raises sqlite3.Error, and then neither file nor cache has changed.
+        """Write one commit durably, with `notes` among the named values beside it.
 
-        `signed_head` is the head as a validator signed it (`receipts.SignedHead`); a copy without a key has none.
-        `notes` are further rows of `meta`.
+        Raises sqlite3.Error, and then neither file nor cache has changed.
         """
         put = sorted((key, value) for key, value in rows.items() if value is not None)
         gone = sorted((key,) for key, value in rows.items() if value is None)
@@ -164,8 +164,6 @@ class Store:
             database.executemany("INSERT INTO batches VALUES (?, ?)", batches)
             database.executemany("INSERT INTO nodes VALUES (?, ?)", nodes)
             meta = {"head": head.to_bytes(), **notes}
-            if signed_head is not None:
-                meta[SIGNED_HEAD] = signed_head
             database.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", meta.items())
             database.execute("COMMIT")
         except sqlite3.Error:
@@ -190,6 +188,11 @@ class Store:
         """False for a file whose making was cut short."""
         return self._db.execute("SELECT 1 FROM sqlite_schema WHERE name = 'meta'").fetchone() is not None
 
+    def height(self) -> int:
+        """The height of the highest stored block, 0 without any."""
+        height: int | None = self._db.execute("SELECT max(height) FROM blocks").fetchone()[0]
+        return height or 0
+
     def last_block(self) -> tuple[int, bytes, bytes] | None:
         """(height, block id, sealed block) of the highest block."""
         found: tuple[int, bytes, bytes] | None = self._db.execute(
@@ -202,10 +205,11 @@ class Store:
         found = self._db.execute("SELECT height FROM batches WHERE batch_id = ?", (batch_id,)).fetchone()
         return None if found is None else found[0]
 
-    def blocks(self, from_height: int = 1) -> Iterator[tuple[int, bytes, bytes]]:
-        """(height, block id, sealed block) in ascending order."""
+    def blocks(self, from_height: int = 1, upto: int = MAX_INTEGER) -> Iterator[tuple[int, bytes, bytes]]:
+        """(height, block id, sealed block) of the heights from `from_height` to `upto`, in ascending order."""
         return self._db.execute(
-            "SELECT height, block_id, raw FROM blocks WHERE height >= ? ORDER BY height", (from_height,)
+            "SELECT height, block_id, raw FROM blocks WHERE height >= ? AND height <= ? ORDER BY height",
+            (from_height, upto),
         )
 
     def merkle_node(self, position: int) -> bytes:
@@ -220,9 +224,16 @@ class Store:
         node: bytes = found[0]
         return node
 
-    def node_rows(self) -> Iterator[tuple[int, bytes]]:
-        """(position of the first, hashes), ascending."""
-        return self._db.execute("SELECT first, hashes FROM nodes ORDER BY first")
+    def node_rows(self, first: int, end: int) -> list[tuple[int, bytes]]:
+        """(position of the first, hashes) of the rows that begin in [first, end), ascending."""
+        return self._db.execute(
+            "SELECT first, hashes FROM nodes WHERE first >= ? AND first < ? ORDER BY first", (first, end)
+        ).fetchall()
+
+    def node_rows_outside(self, end: int) -> list[int]:
+        """Where rows of nodes begin that a tree with so many nodes cannot have; no more than a few of them."""
+        found = self._db.execute("SELECT first FROM nodes WHERE first < 0 OR first >= ? ORDER BY first LIMIT 9", (end,))
+        return [first for (first,) in found]
 
     def state_rows(self, first: bytes = b"", end: bytes = b"\xff") -> Iterator[tuple[bytes, bytes]]:
         """The state rows with keys in [first, end) as bytes, ascending by key; all by default."""
@@ -234,6 +245,10 @@ class Store:
 
     def meta_rows(self) -> Iterator[tuple[str, bytes]]:
         return self._db.execute("SELECT name, value FROM meta ORDER BY name")
+
+    def schema(self) -> Iterator[tuple[str, str | None]]:
+        """(type and name, SQL) of everything that the file declares, ascending."""
+        return self._db.execute("SELECT type || ' ' || name AS declared, sql FROM sqlite_schema ORDER BY declared")
 
     def begin_reading(self) -> None:
         """What is read from now on is of one moment, that of the first read, though an engine goes on writing."""

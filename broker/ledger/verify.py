@@ -1,8 +1,8 @@
 """Re-derives a ledger from its genesis and compares everything that is stored with it.
 
-The history is replayed into a second ledger file in a scratch directory, with the same rules that the engine uses and
-none of its stored results: every signature, every rule, the state after each block, Merkle roots and the chain. Then
-every stored row is compared with the replayed one. Memory stays bounded, however long the history is.
+The history is replayed into a second ledger file (`replay`), with the same rules that the engine uses and none of its
+stored results. Then every stored row, the index of batches, the head and the file's own schema are compared with the
+derived ones. Memory stays bounded, however long the history is.
 
 What it cannot know is whether the history goes on: a copy cut off after a whole block is a sound, shorter ledger.
 Compare the reported height and block id with a checkpoint that others have seen.
@@ -11,34 +11,43 @@ Compare the reported height and block id with a checkpoint that others have seen
 import fcntl
 import os
 import sqlite3
-import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final
 
-from broker.ledger.chain import Step, block_id_of, first_head, genesis_hash, validators_of
-from broker.ledger.faults import LedgerInvariantBroken, RuleViolation
-from broker.ledger.opening import Charter, RefusedBatch, charter_of, open_batch
+from broker.ledger.chain import Head, genesis_hash, validators_of
+from broker.ledger.opening import charter_of
 from broker.ledger.receipts import SignedHead, verify_checkpoint, verify_signed_root
-from broker.ledger.rules import keys_read
+from broker.ledger.replay import CannotResume, HistoryFault, Replay, first_mark
+from broker.ledger.signatures import MAX_HELPERS, Helpers
 from broker.ledger.state import decode_key
-from broker.ledger.store import FILE_NAME, LOCK_NAME, NETWORK, SIGNED_HEAD, LedgerError, Store
+from broker.ledger.store import FILE_NAME, FORMAT, NETWORK, SIGNED_HEAD, LedgerError, Store
 from broker.ledger.trust import Trust
-from broker.protocol import envelope
+from broker.ledger.wal import log_faults
 from broker.protocol.errors import ProtocolError
-from broker.protocol.messages import Block, Genesis
+from broker.protocol.messages import Genesis
 
 MAX_ERRORS: Final = 100
 """More errors than these say nothing new."""
 
-_BLOCKS_PER_WRITE: Final = 16
+WORK_FILE_NAME: Final = "replayed.sqlite3"
+
+_ROWS_AT_ONCE: Final = 1_000
+_HELP_FROM_BYTES: Final = 4 * 2**20
+"""A smaller ledger is verified before another process has even started."""
 
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What was checked, and what is wrong. `genesis_hash` and `block_id` are for comparing with what others hold."""
+    """What was checked, and what is wrong. `genesis_hash` and `block_id` are for comparing with what others hold.
+
+    `resumed_height` is the height up to which an earlier run had checked the blocks, 0 if this one checked all.
+    `started_over` says why what an earlier run left was of no use, None if it was, or if there was none.
+    """
 
     ledger: str
     genesis_hash: bytes
@@ -50,146 +59,182 @@ class VerifyReport:
     operations: int
     rows: int
     errors: tuple[str, ...]
+    resumed_height: int
+    started_over: str | None
 
     @property
     def ok(self) -> bool:
         return not self.errors
 
 
-def verify_ledger(path: Path) -> VerifyReport:
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a verification is: blocks checked, blocks stored, operations checked; then rows compared."""
+
+    height: int
+    stored_height: int
+    operations: int
+    rows: int
+
+
+def verify_ledger(
+    path: Path,
+    *,
+    resume: Path | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    helpers: int | None = None,
+) -> VerifyReport:
     """Check the ledger in directory `path`, also while an engine runs on it.
 
+    With a directory `resume`, work is kept there: a later run goes on from it, whatever ended this one. `progress` is
+    called after each block. `helpers` processes check signatures ahead of the rules, 0 for none, by default one for
+    each further core.
+
     Whatever is wrong with its content stands in the report. Raises LedgerError only where there is nothing to check: no
-    ledger file, or one whose genesis cannot be read.
+    ledger file, or one whose genesis cannot be read; or where another run uses the directory `resume`.
     """
     file = path / FILE_NAME
     if not file.is_file():
         raise LedgerError(path, f"holds no {FILE_NAME}; give the ledger's directory")
-    errors = _wal_faults(path)
+    errors = log_faults(path)
     try:
         store = Store.open_read_only(file)
     except sqlite3.Error as error:
         raise LedgerError(path, f"SQLite cannot open it: {error}") from error
     try:
-        return _verified(path, store, errors)
+        genesis = _genesis(path, store)
+        signatures = Helpers(path, _helpers_for(path) if helpers is None else helpers)
+        try:
+            with _work_directory(resume) as work:
+                check = _Verification(store, genesis, errors, signatures, progress or (lambda _: None))
+                return check.run(work / WORK_FILE_NAME, keep=resume is not None)
+        finally:
+            signatures.close()
     finally:
         store.close()
 
 
-def _verified(path: Path, store: Store, errors: list[str]) -> VerifyReport:
+def _genesis(path: Path, store: Store) -> Genesis:
     try:
         genesis = Genesis.from_bytes(store.meta("genesis") or b"")
-        charter = charter_of(genesis)
+        charter_of(genesis)
     except (sqlite3.Error, ProtocolError, ValueError, TypeError) as error:
         raise LedgerError(path, f"its genesis cannot be read ({error}); restore the ledger from a copy") from error
-    replay = _Replay(genesis, charter, errors)
-    with tempfile.TemporaryDirectory(prefix="ledger-verify-") as scratch:
-        try:
-            with store.snapshot():
-                errors += [f"SQLite: {fault}" for fault in store.integrity_faults()]
-                replay.run(store, Path(scratch))
-        except (sqlite3.Error, OverflowError, UnicodeDecodeError) as error:
-            errors.append(f"SQLite cannot read on: {error}")
-    head = replay.head
-    return VerifyReport(
-        genesis.ledger,
-        genesis_hash(genesis),
-        head.height,
-        head.block_id,
-        head.state_hash,
-        head.checkpoint().root,
-        replay.batches,
-        replay.operations,
-        replay.rows,
-        tuple(errors[:MAX_ERRORS]),
-    )
+    return genesis
 
 
-class _Stop(Exception):
-    """The history cannot be replayed further; what follows would only be wrong because of this."""
+def _helpers_for(path: Path) -> int:
+    stored_bytes = sum(file.stat().st_size for file in path.glob(FILE_NAME + "*"))
+    return min(len(os.sched_getaffinity(0)) - 1, MAX_HELPERS) if stored_bytes >= _HELP_FROM_BYTES else 0
 
 
-class _Replay:
-    """The second derivation, and how far it has come."""
+@contextmanager
+def _work_directory(resume: Path | None) -> Iterator[Path]:
+    if resume is None:
+        with tempfile.TemporaryDirectory(prefix="ledger-verify-") as scratch:
+            yield Path(scratch)
+        return
+    resume.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(resume / "verify.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield resume
+    except BlockingIOError:
+        raise LedgerError(resume, "another verification works there; wait for it or give another directory") from None
+    finally:
+        os.close(descriptor)
 
-    def __init__(self, genesis: Genesis, charter: Charter, errors: list[str]) -> None:
+
+class _Verification:
+    """One verification: the replay, then the comparison."""
+
+    def __init__(
+        self,
+        stored: Store,
+        genesis: Genesis,
+        errors: list[str],
+        helpers: Helpers,
+        progress: Callable[[Progress], None],
+    ) -> None:
+        self._stored = stored
         self._genesis = genesis
-        self._charter = charter
-        self._validators = validators_of(genesis)
         self._errors = errors
-        self.head = first_head(genesis)
-        self.batches = 0
-        self.operations = 0
-        self.rows = 0
+        self._helpers = helpers
+        self._progress = progress
+        self._rows = 0
 
-    def run(self, stored: Store, scratch: Path) -> None:
-        replayed = Store.create(scratch / FILE_NAME, self._genesis.to_bytes(), self.head, durable=False)
+    def run(self, work: Path, keep: bool) -> VerifyReport:
+        replay, resumed_height, started_over = None, 0, None
         try:
-            self._replay(stored, replayed)
-            self._compare("state row", stored.state_rows(), replayed.state_rows(), _show_key)
-            self._compare("batch", stored.batch_rows(), replayed.batch_rows(), lambda raw: raw.hex())
-            self._compare("Merkle nodes from", stored.node_rows(), replayed.node_rows(), str)
-            # Nobody but a validator can make the signed head again, so it is checked instead of compared; and where the
-            # network stands is for CometBFT to compare.
-            own_meta = (row for row in stored.meta_rows() if row[0] not in (SIGNED_HEAD, NETWORK))
-            self._compare("meta", own_meta, replayed.meta_rows(), str)
-            self._check_signed_head(stored.meta(SIGNED_HEAD))
-        except _Stop as stop:
-            self._errors.append(str(stop))
+            with self._stored.snapshot():
+                self._errors += [f"SQLite: {fault}" for fault in self._stored.integrity_faults()]
+                if keep and work.exists():
+                    try:
+                        replay = Replay.resumed(self._genesis, work, self._stored, self._helpers)
+                        resumed_height = replay.mark.head.height
+                    except CannotResume as reason:
+                        started_over = str(reason)
+                if replay is None:
+                    for file in work.parent.glob(work.name + "*"):
+                        file.unlink()
+                    replay = Replay.begun(self._genesis, work, keep, self._helpers)
+                self._check(replay)
+        except HistoryFault as fault:
+            self._errors.append(str(fault))
+        except (sqlite3.Error, OverflowError, UnicodeDecodeError) as error:
+            self._errors.append(f"SQLite cannot read on: {error}")
         finally:
-            replayed.close()
+            if replay is not None:
+                replay.rows.close()
+        mark = first_mark(self._genesis) if replay is None else replay.mark
+        return VerifyReport(
+            self._genesis.ledger,
+            genesis_hash(self._genesis),
+            mark.head.height,
+            mark.head.block_id,
+            mark.head.state_hash,
+            mark.head.checkpoint().root,
+            mark.batches,
+            mark.operations,
+            self._rows,
+            tuple(self._errors[:MAX_ERRORS]),
+            resumed_height,
+            started_over,
+        )
 
-    def _replay(self, stored: Store, replayed: Store) -> None:
-        waiting = Step(replayed, self._charter, self.head)
-        written: list[tuple[int, bytes, bytes]] = []
-        heights: list[tuple[bytes, int]] = []
-        for row in stored.blocks():
-            heights += self._block(row, waiting, replayed)
-            written.append(row)
-            if len(written) == _BLOCKS_PER_WRITE:
-                replayed.write(waiting.rows, waiting.written(), written, heights, waiting.head, waiting.nodes)
-                waiting, written, heights = Step(replayed, self._charter, waiting.head), [], []
-        replayed.write(waiting.rows, waiting.written(), written, heights, waiting.head, waiting.nodes)
+    def _check(self, replay: Replay) -> None:
+        stored, derived = self._stored, replay.rows
+        height = stored.height()
+        replay.run(
+            stored,
+            lambda mark: self._progress(Progress(mark.head.height, height, mark.operations, 0)),
+            self._complain,
+        )
+        meta = {"format": bytes((FORMAT,)), "genesis": self._genesis.to_bytes(), "head": replay.mark.head.to_bytes()}
 
-    def _block(self, row: tuple[int, bytes, bytes], step: Step, replayed: Store) -> list[tuple[bytes, int]]:
-        """Check and apply one block; returns its batches for the index."""
-        height, block_id, raw = row
-        where = f"height {height}"
-        if height != step.head.height + 1:
-            raise _Stop(f"{where}: block {step.head.height + 1} is missing")
-        try:
-            opened = envelope.open_envelope(raw, self._genesis.ledger, self._validators.get)
-        except (ProtocolError, TypeError) as error:
-            raise _Stop(f"{where}: {error}") from error
-        block = opened.message
-        if not isinstance(block, Block) or block_id_of(raw) != block_id or block.height != height:
-            raise _Stop(f"{where}: the stored block is another one than its row says")
-        if block.previous != step.head.block_id:
-            raise _Stop(f"{where}: does not follow on the block before it")
-        found = []
-        for number, raw_batch in enumerate(block.batches):
-            try:
-                batch = open_batch(raw_batch, step.state, self._charter)
-                replayed.prefetch(keys_read(batch))
-                step.apply(batch)
-            except (ProtocolError, RuleViolation, RefusedBatch, LedgerInvariantBroken) as error:
-                raise _Stop(f"{where}, batch {number}: {error}") from error
-            found.append((batch.batch_id, height))
-            self.operations += len(batch.operations)
-        expected = step.block(block.batches)
-        for name in ("tree_size", "root", "state_hash"):
-            if getattr(block, name) != getattr(expected, name):
-                raise _Stop(f"{where}: {name} is not what the operations up to here make")
-        step.finish_block(raw)
-        self.head = step.head
-        self.batches += len(block.batches)
-        return found
+        def rows_compared(count: int) -> None:
+            self._rows += count
+            self._progress(Progress(replay.mark.head.height, height, replay.mark.operations, self._rows))
 
-    def _check_signed_head(self, raw: bytes | None) -> None:
+        self._compare("state row", stored.state_rows(), derived.state_rows(), _show_key, rows_compared)
+        self._compare("batch", stored.batch_rows(), derived.batch_rows(), lambda raw: raw.hex())
+        # Nobody but a validator can make the signed head again, so it is checked instead of compared; and where the
+        # network stands is for CometBFT to compare.
+        own_meta = (row for row in stored.meta_rows() if row[0] not in (SIGNED_HEAD, NETWORK))
+        self._compare("meta", own_meta, iter(sorted(meta.items())), str)
+        self._check_signed_head(stored.meta(SIGNED_HEAD), replay.mark.head)
+        # A trigger, a view or another index would change what a reader sees without changing any row.
+        self._compare("declaration", iter(stored.schema()), iter(derived.schema()), str)
+
+    def _complain(self, fault: str) -> None:
+        if len(self._errors) < MAX_ERRORS:
+            self._errors.append(fault)
+
+    def _check_signed_head(self, raw: bytes | None, head: Head) -> None:
         """A validator's signatures of the head: only a copy that was made without a key may lack them."""
         if raw is None:
             return
-        trust = Trust(self._genesis.ledger, genesis_hash(self._genesis), self._validators, {})
+        trust = Trust(self._genesis.ledger, genesis_hash(self._genesis), validators_of(self._genesis), {})
         try:
             signed = SignedHead.from_bytes(raw)
             checkpoint, _ = verify_checkpoint(signed.checkpoint, trust)
@@ -197,24 +242,36 @@ class _Replay:
         except (ProtocolError, TypeError) as error:
             self._errors.append(f"meta {SIGNED_HEAD}: {error}")
             return
-        if checkpoint != self.head.checkpoint():
+        if checkpoint != head.checkpoint():
             self._errors.append(f"meta {SIGNED_HEAD}: signs height {checkpoint.height}, another head than the stored")
 
-    def _compare(self, what: str, stored: Iterator[Any], replayed: Iterator[Any], show: Any) -> None:
-        """Two ascending sequences of (key, value) must be the same."""
-        left, right = next(stored, None), next(replayed, None)
+    def _compare(
+        self,
+        what: str,
+        stored: Iterator[tuple[Any, Any]],
+        derived: Iterator[tuple[Any, Any]],
+        show: Callable[[Any], str],
+        report: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Two sequences of (key, value), ascending by key, must be the same."""
+        while (part := list(islice(stored, _ROWS_AT_ONCE))) == (same := list(islice(derived, _ROWS_AT_ONCE))):
+            if not part:
+                return
+            report(len(part))
+        stored, derived = chain(part, stored), chain(same, derived)
+        left, right = next(stored, None), next(derived, None)
         while len(self._errors) < MAX_ERRORS:
             if left is not None and (right is None or _ascending(left[0], right[0])):
                 self._errors.append(f"{what} {show(left[0])}: stored, but no operation made it")
                 left = next(stored, None)
             elif right is not None and (left is None or _ascending(right[0], left[0])):
                 self._errors.append(f"{what} {show(right[0])}: missing")
-                right = next(replayed, None)
+                right = next(derived, None)
             elif left is not None and right is not None:
                 if left[1] != right[1]:
                     self._errors.append(f"{what} {show(left[0])}: stored with another value")
-                self.rows += what == "state row"
-                left, right = next(stored, None), next(replayed, None)
+                report(1)
+                left, right = next(stored, None), next(derived, None)
             else:
                 return
 
@@ -229,69 +286,3 @@ def _show_key(raw: Any) -> str:
         return str(decode_key(raw))
     except (ValueError, TypeError):
         return repr(raw)
-
-
-# --- The write-ahead log (https://www.sqlite.org/walformat.html)
-
-_WAL_HEADER: Final = struct.Struct(">8I")
-_FRAME_HEADER: Final = struct.Struct(">6I")
-_WAL_MAGIC: Final = 0x377F0682  # the lowest bit says in which byte order checksums are computed
-
-
-def _wal_faults(path: Path) -> list[str]:
-    """Damage in the write-ahead log, which SQLite itself takes for the log's end and passes over in silence.
-
-    Looked at only while no engine holds the directory: a running one has its log in memory and rewrites it.
-    """
-    log = path / (FILE_NAME + "-wal")
-    if not log.is_file() or not log.stat().st_size or _is_in_use(path):
-        return []
-    raw = log.read_bytes()
-    if len(raw) < _WAL_HEADER.size:
-        return []  # Cut short while it was being made: nothing was committed into it.
-    advice = (
-        "if power failed while it was written, open the ledger once, which removes the unfinished rest; "
-        "else blocks may be missing: compare the height with a checkpoint"
-    )
-    magic, _, page_bytes, _, salt_1, salt_2, check_1, check_2 = _WAL_HEADER.unpack_from(raw)
-    order = ">" if magic & 1 else "<"
-    checksum = _wal_checksum(raw[:24], (0, 0), order)
-    if magic & ~1 != _WAL_MAGIC or checksum != (check_1, check_2):
-        return [f"{log.name}: its header is damaged; {advice}"]
-    frame_bytes = _FRAME_HEADER.size + page_bytes
-    valid = True
-    for offset in range(_WAL_HEADER.size, len(raw) - frame_bytes + 1, frame_bytes):
-        _, _, frame_salt_1, frame_salt_2, *expected = _FRAME_HEADER.unpack_from(raw, offset)
-        # Frames left over from an earlier round carry two other salts; a single one that fits is a damaged pair.
-        if frame_salt_1 != salt_1 and frame_salt_2 != salt_2:
-            valid = False
-            continue
-        checksum = _wal_checksum(raw[offset : offset + 8], checksum, order)
-        checksum = _wal_checksum(raw[offset + _FRAME_HEADER.size : offset + frame_bytes], checksum, order)
-        if not valid or list(checksum) != expected or (frame_salt_1, frame_salt_2) != (salt_1, salt_2):
-            number = (offset - _WAL_HEADER.size) // frame_bytes
-            return [f"{log.name}: frame {number} is damaged; {advice}"]
-    return []
-
-
-def _wal_checksum(data: bytes, start: tuple[int, int], order: str) -> tuple[int, int]:
-    first, second = start
-    words = struct.unpack(f"{order}{len(data) // 4}I", data)
-    for index in range(0, len(words), 2):
-        first = (first + words[index] + second) & 0xFFFFFFFF
-        second = (second + words[index + 1] + first) & 0xFFFFFFFF
-    return first, second
-
-
-def _is_in_use(path: Path) -> bool:
-    try:
-        descriptor = os.open(path / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False

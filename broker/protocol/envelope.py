@@ -60,6 +60,10 @@ class Opened:
 KeyLookup = Callable[[bytes], Signer | None]
 """From a key id to the sender that it is registered for, or None."""
 
+SignatureCheck = Callable[[PublicKey, bytes, bytes], bool]
+"""Whether a key's signature of a message holds, as `PublicKey.verifies` says: something that was told so before may
+answer in its place."""
+
 
 def seal(message: Message, key: PrivateKey, ledger: str, sender: str) -> bytes:
     """Sign a message. The same message, key, ledger and sender always give the same bytes."""
@@ -73,6 +77,11 @@ def sealed_id(raw: bytes, ledger: str, sender: str) -> bytes:
     """The id of a message that this process sealed or verified before."""
     envelope = parse(raw)
     return message_id(envelope, ledger, sender)
+
+
+def is_sealed(raw: bytes) -> bool:
+    """True if these bytes begin as every sealed message does."""
+    return raw.startswith(_HEAD)
 
 
 def parse(raw: bytes) -> Envelope:
@@ -103,18 +112,19 @@ def parse(raw: bytes) -> Envelope:
 
 def message_id(envelope: Envelope, ledger: str, sender: str) -> bytes:
     """The 32-byte id of the message inside."""
-    return sha256(_to_be_signed(envelope, ledger, sender)).digest()
+    return sha256(to_be_signed(envelope, ledger, sender)).digest()
 
 
-def verify(envelope: Envelope, signer: Signer, ledger: str) -> bytes:
+def verify(envelope: Envelope, signer: Signer, ledger: str, verifies: SignatureCheck = PublicKey.verifies) -> bytes:
     """Check the signature and return the message id. Raises BadSignature."""
-    to_be_signed = _to_be_signed(envelope, ledger, signer.name)
-    if envelope.algorithm is not signer.key.algorithm or not signer.key.verifies(envelope.signature, to_be_signed):
+    message = to_be_signed(envelope, ledger, signer.name)
+    key = signer.key
+    if envelope.algorithm is not key.algorithm or not verifies(key, envelope.signature, message):
         raise BadSignature(signer.name, envelope.message_type.name.lower())
-    return sha256(to_be_signed).digest()
+    return sha256(message).digest()
 
 
-def open_envelope(raw: bytes, ledger: str, lookup: KeyLookup) -> Opened:
+def open_envelope(raw: bytes, ledger: str, lookup: KeyLookup, verifies: SignatureCheck = PublicKey.verifies) -> Opened:
     """Parse, look up the sender, verify and decode. Raises MalformedMessage, UnknownKey or BadSignature.
 
     The signature is checked before the payload is decoded, so that only registered senders reach the decoder.
@@ -123,7 +133,7 @@ def open_envelope(raw: bytes, ledger: str, lookup: KeyLookup) -> Opened:
     signer = lookup(envelope.key_id)
     if signer is None:
         raise UnknownKey(envelope.key_id)
-    identity = verify(envelope, signer, ledger)
+    identity = verify(envelope, signer, ledger, verifies)
     message = MESSAGE_CLASSES[envelope.message_type].from_payload(envelope.payload)
     return Opened(message, signer.name, identity, raw)
 
@@ -166,8 +176,8 @@ def _sig_head(protected: bytes, external_aad: bytes) -> bytes:
     return _SIG_CONTEXT + _as_byte_string(protected) + _as_byte_string(external_aad)
 
 
-def _to_be_signed(envelope: Envelope, ledger: str, sender: str) -> bytes:
-    """The Sig_structure of RFC 9052 section 4.4."""
+def to_be_signed(envelope: Envelope, ledger: str, sender: str) -> bytes:
+    """The Sig_structure of RFC 9052 section 4.4: what a signature is made of and checked against."""
     head = _signed_head(envelope.protected, envelope.message_type, ledger, sender)
     return head + _as_byte_string(envelope.payload)
 

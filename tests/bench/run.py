@@ -76,7 +76,7 @@ def _gateway(folder: Path) -> Figures:
     consumers = 1_000_000
     with RunningAgents(folder / "agents") as agents:
         broker = filled_broker(folder / "large", consumers)
-        speed = ledger(folder / "ledger", batches=30, issues=1_500)
+        speed = ledger(folder / "ledger", batches=30, issues=12_000)
         used = agents.figures(float(os.environ.get("BENCH_AGENT_S", "60")))
     used["commits_per_interval"] = commits_per_interval(folder / "commits", intervals=12)
     broker_s = broker_start_s(broker, folder / "start", consumers)

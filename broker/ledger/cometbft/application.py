@@ -34,7 +34,7 @@ from broker.ledger.opening import RefusedBatch, charter_of, open_batch, party_si
 from broker.ledger.receipts import SignedHead, sign_head
 from broker.ledger.rows_digest import NO_DIGEST
 from broker.ledger.rules import keys_read
-from broker.ledger.store import FILE_NAME, NETWORK, LedgerError
+from broker.ledger.store import FILE_NAME, NETWORK, SIGNED_HEAD, LedgerError
 from broker.ledger.trust import issuer_of
 from broker.protocol import cbor, envelope
 from broker.protocol.envelope import Signer
@@ -361,16 +361,10 @@ class NodeApplication:
         step = executed.step
         # Only what is committed gets this node's signature.
         signed = self._sign(step.head) if executed.blocks else self._signed
-        self._store.write(
-            step.rows,
-            step.written(),
-            executed.blocks,
-            executed.heights,
-            step.head,
-            step.nodes,
-            signed.to_bytes() if executed.blocks else None,
-            {NETWORK: executed.progress.to_bytes()},
-        )
+        notes = {NETWORK: executed.progress.to_bytes()}
+        if executed.blocks:
+            notes[SIGNED_HEAD] = signed.to_bytes()
+        self._store.write(step.rows, step.written(), executed.blocks, executed.heights, step.head, step.nodes, notes)
         self._head, self._signed, self._progress, self._executed = step.head, signed, executed.progress, None
         for batch_id, refusal in executed.refusals.items():
             self._refusals.pop(batch_id, None)

@@ -168,7 +168,7 @@ def test_the_views(sound: Path) -> None:
         ("UPDATE nodes SET hashes = zeroblob(length(hashes)) WHERE first = 0", "Merkle nodes from 0: stored with"),
         ("UPDATE nodes SET first = first + 1000 WHERE first > 0", "Merkle nodes from"),
         ("DELETE FROM nodes WHERE first = 0", "Merkle nodes from 0: missing"),
-        ("INSERT INTO nodes VALUES (99999, zeroblob(32))", "Merkle nodes from 99999: stored, but no operation made it"),
+        ("INSERT INTO nodes VALUES (99999, zeroblob(32))", "Merkle nodes from 99999: stored, but no operation made"),
         ("UPDATE meta SET value = zeroblob(9) WHERE name = 'signed_head'", "meta signed_head"),
     ],
 )
