@@ -400,7 +400,8 @@ class ModbusReader:
         address = self._sunspec_start(sunspec)
         for _ in range(MAX_SUNSPEC_MODELS):
             model_id, length = self._read(Span(self._profile.function_code, address, _SUNSPEC_HEADER))
-            if model_id == _SUNSPEC_COMMON and common is None:
+            if model_id == _SUNSPEC_COMMON:
+                # Each common model begins another device: an inverter passes its meters on behind itself.
                 common = address
             for model in sunspec.models:
                 if model_id in model.ids:

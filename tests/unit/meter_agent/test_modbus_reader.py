@@ -208,6 +208,25 @@ def test_models_before_the_inverter_s_are_walked_over_and_the_place_is_remembere
     assert line.requests == [(3, 40_000 + 2 + 68 + 4 + 5, 27)]
 
 
+METER_COMMON = COMMON.replace("5341 3132 3334", "4D45 3938 3736")
+"""The same of another device, ME9876."""
+
+METER_POWER = "FFA1 0000 0000 0000 0000"
+METER_ENERGY = "0001 E240" + "0000" * 6 + "0003 0D40" + "0000" * 6 + "0000"
+METER = "00CB 0069" + "0000" * 16 + METER_POWER + "0000" * 15 + METER_ENERGY + "0000" * 52
+"""Model 203 with 105 registers: -95 W; 123456 Wh exported and 200000 Wh imported; their scale factors are 0."""
+
+
+def test_a_meter_behind_an_inverter_has_its_own_serial_number_and_the_inverter_keeps_its(clock):
+    """SolarEdge's chain: the inverter's common model and 103, then the meter's common model and 203."""
+    line = FakeLine(clock)
+    line.put(3, 40_000, "5375 6E53" + COMMON + INVERTER + METER_COMMON + METER + "FFFF 0000")
+    sample = reader_of("sunspec-meter", line, clock, billed="import").sample()
+    assert (sample.import_mwh, sample.export_mwh) == (200_000_000, 123_456_000)
+    assert (sample.power_w, sample.serial_number) == (-95, "ME9876")
+    assert reader_of("sunspec-inverter", line, clock).sample().serial_number == "SA1234"
+
+
 def test_the_scale_factor_of_this_very_reply_is_used(clock):
     """Hazard 7: it changes at run time."""
     line = sunspec_line(clock)
