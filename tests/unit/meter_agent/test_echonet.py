@@ -28,7 +28,9 @@ from meter_agent.intervals import retimed
 from meter_agent.readers.broute import BRouteReader, Errors
 from meter_agent.readings import ReadFailure
 
+momonga = pytest.importorskip("momonga")
 momonga_data = pytest.importorskip("momonga.momonga_echonet_data")
+momonga_device = pytest.importorskip("momonga.momonga_device")
 Parser = momonga_data.EchonetDataParser
 
 EA_2026 = bytes.fromhex("07EA05140E00000000FE68")
@@ -51,6 +53,20 @@ def test_what_real_meters_noted_is_energy_at_a_half_hour_in_utc():
     assert energy_mwh(noted(EA_2023)["cumulative energy"], tenths) == 1_780_600_000
     assert energy_mwh(noted(EB_2023)["cumulative energy"], tenths) == 2_100_000
     assert half_hour_s(noted(EB_2023)["timestamp"], HALF_HOUR_2023_S) == HALF_HOUR_2023_S
+
+
+ERXUDP = (
+    "ERXUDP FE80:0000:0000:0000:021C:6400:6014:21A3 FE80:0000:0000:0000:021D:1290:0005:747B 0E1A 0E1A 001C6400601421A3 "
+    "1 0019 1081000102880105FF017201EA0B07EA05140E00000000FE68"
+)
+"""What a BP35A1 said when its owner's meter answered: the whole line, from the script named above."""
+
+
+def test_the_whole_line_of_an_adapter_is_read_as_its_owner_captured_it():
+    received = momonga_device.parse_sk_line(ERXUDP, momonga_device.BP35A1Strategy())
+    asked = [momonga_data.EchonetProperty(0xEA)]
+    (answer,) = momonga.Momonga._extract_response_payload(received.data, 1, asked)
+    assert energy_mwh(noted(answer.edt)["cumulative energy"], scale(0.1, 1, 6)) == 6_512_800_000
 
 
 @pytest.mark.parametrize("count", [None, NO_ENERGY])
