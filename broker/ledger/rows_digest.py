@@ -3,7 +3,7 @@
 The state hash of a block is a chain over *changes*: it cannot say whether a given set of rows is the right one. The
 rows digest can, so a snapshot is checked with it. Rows are grouped into buckets that are one run of keys each:
 
-- where a key goes on with a time (assets, slices, demands, totals): table and UTC day;
+- where a key goes on with a time (assets, slices, demands, totals): table and hour;
 - where it goes on with a party that has many rows (held slices, orders, closes, applied batches): table and party;
 - else the whole table.
 
@@ -23,14 +23,16 @@ from broker.protocol import cbor
 NO_DIGEST: Final = bytes(32)
 """What stands for the rows digest as long as none has been made."""
 
-_DAY_S: Final = 86_400
+_SPAN_S: Final = 3_600
+"""A million meters make some millions of rows an hour, which is what one changed row costs to hash again at most."""
+
 _BY_PARTY: Final = frozenset((OWNED, ORDER, CLOSED, APPLIED))
 
 
 def bucket_of(key: Key) -> bytes:
     """The bucket that a row's key belongs to."""
     if type(key[1]) is int:
-        return cbor.encode([key[0], key[1] // _DAY_S])
+        return cbor.encode([key[0], key[1] // _SPAN_S])
     return cbor.encode(key[:2] if key[0] in _BY_PARTY else key[:1])
 
 
@@ -41,7 +43,7 @@ def bounds_of(bucket: bytes) -> tuple[bytes, bytes]:
         return table_bounds(table)
     (part,) = rest
     if type(part) is int:
-        return scan_bounds((table,), part * _DAY_S, (part + 1) * _DAY_S)
+        return scan_bounds((table,), part * _SPAN_S, (part + 1) * _SPAN_S)
     return prefix_bounds((table, part))
 
 

@@ -26,6 +26,9 @@ SIGNED_HEAD: Final = "signed_head"
 NETWORK: Final = "network"
 """The row of `meta` in which a node of a network keeps where the network stands; no operation makes it."""
 
+STALE: Final = b""
+"""Stands for the digest of a bucket whose rows have changed since it was hashed."""
+
 _KEYS_PER_READ: Final = 500  # well under SQLite's limit of bound parameters
 
 _SCHEMA: Final = """
@@ -34,6 +37,7 @@ CREATE TABLE state (key BLOB PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE blocks (height INTEGER PRIMARY KEY, block_id BLOB NOT NULL, raw BLOB NOT NULL);
 CREATE TABLE batches (batch_id BLOB PRIMARY KEY, height INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE nodes (first INTEGER PRIMARY KEY, hashes BLOB NOT NULL);
+CREATE TABLE buckets (bucket BLOB PRIMARY KEY, digest BLOB NOT NULL) WITHOUT ROWID;
 """
 
 
@@ -146,9 +150,11 @@ class Store:
         head: Head,
         nodes: list[tuple[int, bytes]],
         notes: Mapping[str, bytes] = MappingProxyType({}),
+        buckets: Mapping[bytes, bytes | None] = MappingProxyType({}),
     ) -> None:
         """Write one commit durably, with `notes` among the named values beside it.
 
+        `buckets` are digests of buckets (`rows_digest`): STALE where rows have changed since, None where none are left.
         Raises sqlite3.Error, and then neither file nor cache has changed.
         """
         put = sorted((key, value) for key, value in rows.items() if value is not None)
@@ -165,6 +171,10 @@ class Store:
             database.executemany("INSERT INTO nodes VALUES (?, ?)", nodes)
             meta = {"head": head.to_bytes(), **notes}
             database.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", meta.items())
+            kept = [(bucket, digest) for bucket, digest in buckets.items() if digest is not None]
+            database.executemany("INSERT OR REPLACE INTO buckets VALUES (?, ?)", kept)
+            emptied = [(bucket,) for bucket, digest in buckets.items() if digest is None]
+            database.executemany("DELETE FROM buckets WHERE bucket = ?", emptied)
             database.execute("COMMIT")
         except sqlite3.Error:
             if database.in_transaction:
@@ -177,6 +187,12 @@ class Store:
                 self._young.pop(key, None)
             else:
                 self._remember(key, row)
+
+    def put_buckets(self, digests: Mapping[bytes, bytes]) -> None:
+        """Add the digests of all buckets to a file that has none. Raises sqlite3.Error."""
+        self._db.execute("BEGIN IMMEDIATE")
+        self._db.executemany("INSERT INTO buckets VALUES (?, ?)", digests.items())
+        self._db.execute("COMMIT")
 
     # --- everything else that is stored
 
@@ -234,6 +250,10 @@ class Store:
         """Where rows of nodes begin that a tree with so many nodes cannot have; no more than a few of them."""
         found = self._db.execute("SELECT first FROM nodes WHERE first < 0 OR first >= ? ORDER BY first LIMIT 9", (end,))
         return [first for (first,) in found]
+
+    def bucket_rows(self) -> Iterator[tuple[bytes, bytes]]:
+        """(bucket, digest or STALE), ascending by bucket. Only nodes of a network keep them."""
+        return self._db.execute("SELECT bucket, digest FROM buckets ORDER BY bucket")
 
     def state_rows(self, first: bytes = b"", end: bytes = b"\xff") -> Iterator[tuple[bytes, bytes]]:
         """The state rows with keys in [first, end) as bytes, ascending by key; all by default."""

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from dengen_testing.waiting import wait_until
 
 from broker.ledger.cometbft import abci
-from broker.ledger.cometbft.application import app_state_of, consensus_key
+from broker.ledger.cometbft.application import SNAPSHOT_EVERY, app_state_of, consensus_key
 from broker.ledger.cometbft.framing import FrameReader, framed
 from broker.ledger.cometbft.protobuf import Message
 from broker.protocol import cbor
@@ -90,14 +90,16 @@ class CometDriver:
         return cbor.decode(answer.value, "answer", 2**22)
 
 
-def init_chain_request(genesis: Genesis = GENESIS, **changes: Any) -> abci.InitChainRequest:
+def init_chain_request(
+    genesis: Genesis = GENESIS, every: int = SNAPSHOT_EVERY, **changes: Any
+) -> abci.InitChainRequest:
 
     values: dict[str, Any] = {
         "chain_id": genesis.ledger,
         "validators": tuple(
             abci.ValidatorUpdate(abci.PublicKey(consensus_key(named.key)), 1) for named in genesis.validators
         ),
-        "app_state": json.dumps(app_state_of(genesis)).encode(),
+        "app_state": json.dumps(app_state_of(genesis, every)).encode(),
         "initial_height": 1,
     }
     return abci.InitChainRequest(**(values | changes))

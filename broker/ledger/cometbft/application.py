@@ -25,6 +25,7 @@ from typing import Any, Final
 
 from broker.ledger.chain import Head, Step, genesis_hash, validators_of
 from broker.ledger.cometbft import abci
+from broker.ledger.cometbft.buckets import Buckets
 from broker.ledger.cometbft.protobuf import Message
 from broker.ledger.cometbft.queries import QueryError, Refusal, Sources, answer_query
 from broker.ledger.directory import checked_head, locked, opened_store
@@ -45,6 +46,9 @@ from broker.protocol.messages import Genesis, MessageType
 
 APP_VERSION: Final = 1
 """Goes up when the rules change: all nodes of a network must run the same."""
+
+SNAPSHOT_EVERY: Final = 1_000
+"""Blocks of CometBFT from one snapshot height to the next; the app hash depends on it. 0 for none at all."""
 
 VALIDATOR_POWER: Final = 1
 """What each validator of the genesis weighs."""
@@ -104,6 +108,7 @@ class _Executed:
     heights: list[tuple[bytes, int]]
     refusals: dict[bytes, Refusal]
     progress: Progress
+    buckets: dict[bytes, bytes | None]
 
 
 def app_hash_of(block_id: bytes, rows_digest: bytes) -> bytes:
@@ -111,9 +116,9 @@ def app_hash_of(block_id: bytes, rows_digest: bytes) -> bytes:
     return sha256(block_id + rows_digest).digest()
 
 
-def app_state_of(genesis: Genesis) -> dict[str, str]:
-    """The `app_state` of CometBFT's genesis.json. Every node compares it with its own genesis."""
-    return {"genesis": genesis.to_bytes().hex()}
+def app_state_of(genesis: Genesis, snapshot_every: int = SNAPSHOT_EVERY) -> dict[str, str | int]:
+    """The `app_state` of CometBFT's genesis.json. Every node compares it with its own genesis and settings."""
+    return {"genesis": genesis.to_bytes().hex(), "snapshot_every": snapshot_every}
 
 
 def consensus_key(cose_key: bytes) -> bytes:
@@ -132,8 +137,16 @@ class NodeApplication:
     in use, belongs to another genesis or engine, or does not pass the start-up check.
     """
 
-    def __init__(self, path: Path, genesis: Genesis, validator_name: str, validator_key: PrivateKey) -> None:
+    def __init__(
+        self,
+        path: Path,
+        genesis: Genesis,
+        validator_name: str,
+        validator_key: PrivateKey,
+        snapshot_every: int = SNAPSHOT_EVERY,
+    ) -> None:
         self._path = path
+        self._snapshot_every = snapshot_every
         self._genesis = genesis
         self._charter = charter_of(genesis)
         self._name = validator_name
@@ -147,6 +160,7 @@ class NodeApplication:
             own = {validator_key.public.key_id: Signer(validator_name, validator_key.public)}
             self._head = checked_head(path, self._store, genesis, validators_of(genesis) | own)
             self._progress = self._read_progress()
+            self._buckets = Buckets(self._store) if snapshot_every else None
         except (sqlite3.Error, LedgerError) as error:
             os.close(self._lock)
             if isinstance(error, LedgerError):
@@ -236,7 +250,7 @@ class NodeApplication:
             app_state = json.loads(request.app_state)
         except ValueError:
             app_state = None
-        if app_state != app_state_of(self._genesis):
+        if app_state != app_state_of(self._genesis, self._snapshot_every):
             raise ApplicationStopped(
                 f"app_state of genesis.json is not that of ledger {self._charter.ledger} with genesis"
                 f" {genesis_hash(self._genesis).hex()}; {advice}"
@@ -350,9 +364,16 @@ class NodeApplication:
         if applied:
             sealed = envelope.seal(step.block(tuple(applied)), self._key, self._charter.ledger, self._name)
             blocks.append((height, step.finish_block(sealed), sealed))
-        progress = Progress(request.height, self._progress.rows_digest)
+        digest = self._progress.rows_digest
+        buckets: dict[bytes, bytes | None] = {}
+        if self._buckets is not None:
+            buckets = self._buckets.touched(step.written())
+            if request.height % self._snapshot_every == 0:
+                digest, digested = self._buckets.digested(step.rows, buckets)
+                buckets |= digested
+        progress = Progress(request.height, digest)
         response = abci.FinalizeBlockResponse(tuple(results), (), app_hash_of(step.head.block_id, progress.rows_digest))
-        return _Executed(request.hash, response, step, blocks, heights, refusals, progress)
+        return _Executed(request.hash, response, step, blocks, heights, refusals, progress, buckets)
 
     def _commit(self) -> Message:
         executed = self._executed
@@ -364,7 +385,11 @@ class NodeApplication:
         notes = {NETWORK: executed.progress.to_bytes()}
         if executed.blocks:
             notes[SIGNED_HEAD] = signed.to_bytes()
-        self._store.write(step.rows, step.written(), executed.blocks, executed.heights, step.head, step.nodes, notes)
+        self._store.write(
+            step.rows, step.written(), executed.blocks, executed.heights, step.head, step.nodes, notes, executed.buckets
+        )
+        if self._buckets is not None:
+            self._buckets.committed(executed.buckets)
         self._head, self._signed, self._progress, self._executed = step.head, signed, executed.progress, None
         for batch_id, refusal in executed.refusals.items():
             self._refusals.pop(batch_id, None)

@@ -13,6 +13,7 @@ from support.ledger_world import (
     SET_UP,
     T0,
     batch,
+    close,
     deliver,
     found,
     genesis,
@@ -27,6 +28,7 @@ from support.ledger_world import (
 from broker.ledger.chain import block_id_of
 from broker.ledger.cometbft import abci
 from broker.ledger.cometbft.application import (
+    SNAPSHOT_EVERY,
     ApplicationStopped,
     NodeApplication,
     TxCode,
@@ -36,13 +38,15 @@ from broker.ledger.cometbft.application import (
 from broker.ledger.holding import decode_holding
 from broker.ledger.limits import MAX_BLOCK_BATCHES
 from broker.ledger.operations import Void
-from broker.ledger.rows_digest import NO_DIGEST
+from broker.ledger.rows_digest import NO_DIGEST, bucket_digests, rows_digest
+from broker.ledger.state import TOTAL, encode_key
 from broker.ledger.store import LedgerError
 from broker.ledger.verify import verify_ledger
 from broker.protocol import cbor, envelope
 from broker.protocol.keys import Algorithm, generate_private_key
 from broker.protocol.limits import MAX_BLOCK_BYTES
 from broker.protocol.messages import NamedKey
+from broker.protocol.sources import Source
 
 NODES = ("node", "node-2", "node-3")
 NETWORK = genesis(validators=tuple(NamedKey(name, key(name).public.cose_key) for name in NODES))
@@ -51,10 +55,14 @@ NETWORK = genesis(validators=tuple(NamedKey(name, key(name).public.cose_key) for
 class Node:
     """An application in a directory, driven by its messages."""
 
-    def __init__(self, path: Path, name: str = "node") -> None:
+    def __init__(self, path: Path, name: str = "node", every: int = SNAPSHOT_EVERY) -> None:
         self.path = path
         self.name = name
-        self.application = NodeApplication(path, NETWORK, name, key(name))
+        self.every = every
+        self.application = self.opened()
+
+    def opened(self) -> NodeApplication:
+        return NodeApplication(self.path, NETWORK, self.name, key(self.name), self.every)
 
     def ask(self, request: Any) -> Any:
         return self.application.handle(request)
@@ -71,7 +79,7 @@ class Node:
 
     def restart(self) -> None:
         self.application.close()
-        self.application = NodeApplication(self.path, NETWORK, self.name, key(self.name))
+        self.application = self.opened()
 
 
 @pytest.fixture
@@ -309,6 +317,47 @@ def test_only_ed25519_keys_are_validators_of_a_network() -> None:
     assert consensus_key(key("node").public.cose_key) == key("node")._key.public_key().public_bytes_raw()
     with pytest.raises(ValueError, match="Ed25519"):
         consensus_key(generate_private_key(Algorithm.ESP256).public.cose_key)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_rows_digest_of_a_snapshot_height_is_that_of_all_rows(tmp_path: Path, every: int) -> None:
+    """Made from the buckets that have changed only, through restarts, and the same on a node that kept no digests."""
+    kept, forgetful = Node(tmp_path / "kept", every=every), Node(tmp_path / "forgetful", every=every)
+    blocks: list[tuple[bytes, ...]] = [SET_UP, (), (batch(issue("solar-1", 1_000), take("solar-1", 0, 1_000)),)]
+    blocks += [(batch(deliver(n, 9, ("solar-1", 9 * n, 9 * n + 9))),) for n in range(3)]
+    # The rest of the asset is delivered, so its row among those held goes away.
+    blocks += [(), (batch(deliver(9, 973, ("solar-1", 27, 1_000))),), (batch(close()),), ()]
+    for node in (kept, forgetful):
+        node.ask(init_chain_request(NETWORK, every=every))
+    digest = NO_DIGEST
+    for height, txs in enumerate(blocks, start=1):
+        response = kept.make_block(*txs)
+        assert codes(response) == [TxCode.APPLIED] * len(txs)
+        assert forgetful.make_block(*txs) == response
+        if height % every == 0:
+            digest = rows_digest(bucket_digests(kept.application._store.state_rows()))
+        assert response.app_hash == app_hash_of(kept.application.head.block_id, digest)
+        assert kept.query("/head")[2] == digest
+        forgetful.application._store._db.execute("DELETE FROM buckets")
+        forgetful.restart()
+        if height % 4 == 0:
+            kept.restart()
+    for node in (kept, forgetful):
+        node.application.close()
+
+
+def test_a_row_that_was_altered_on_disk_changes_the_app_hash_of_its_node(tmp_path: Path) -> None:
+    honest, altered = Node(tmp_path / "honest", every=4), Node(tmp_path / "altered", every=4)
+    for node in (honest, altered):
+        node.ask(init_chain_request(NETWORK, every=4))
+        node.make_block(*SET_UP)
+        node.make_block(batch(issue("solar-1", 1_000), issue("wind-1", 500)))
+    damaged = encode_key((TOTAL, T0, int(Source.WIND)))
+    altered.application._store._db.execute("UPDATE state SET value = x'80' WHERE key = ?", (damaged,))
+    assert honest.make_block(batch(Void(b"v" * 16))) == altered.make_block(batch(Void(b"v" * 16)))
+    assert honest.make_block().app_hash != altered.make_block().app_hash
+    for node in (honest, altered):
+        node.application.close()
 
 
 def test_votes_carry_nothing_of_the_application(node: Node) -> None:

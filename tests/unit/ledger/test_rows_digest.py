@@ -52,8 +52,8 @@ def test_buckets_are_runs_of_keys_with_bounds_around_exactly_their_own(world: Wo
 @pytest.mark.parametrize(
     ("key", "bucket"),
     [
-        ((rows.ASSET, T0 + 1_800, "roof", 1, 0), [rows.ASSET, T0 // 86_400]),
-        ((rows.DEMAND, T0 + 86_400, b"p" * 16), [rows.DEMAND, T0 // 86_400 + 1]),
+        ((rows.ASSET, T0 + 1_800, "roof", 1, 0), [rows.ASSET, T0 // 3_600]),
+        ((rows.DEMAND, T0 + 3_600, b"p" * 16), [rows.DEMAND, T0 // 3_600 + 1]),
         ((rows.OWNED, "b1", T0, "roof", 1, 0), [rows.OWNED, "b1"]),
         ((rows.ORDER, "b1", b"o" * 16), [rows.ORDER, "b1"]),
         ((rows.KEY, b"k" * 16), [rows.KEY]),
