@@ -44,7 +44,7 @@ def copy_database(source: sqlite3.Connection, target: Path) -> None:
         faults = _copied(source, partial)
         if faults:
             raise CopyError(f"{target}: the copy is damaged, and so is the original: {'; '.join(faults)}")
-        _flush(partial)
+        flush_file(partial)
         partial.rename(target)
         flush_directory(target.parent)
     except (OSError, sqlite3.Error) as error:
@@ -68,7 +68,8 @@ def _copied(source: sqlite3.Connection, target: Path) -> list[str]:
     return [fault for fault in faults if not fault.startswith("NULL value in ")]
 
 
-def _flush(file: Path) -> None:
+def flush_file(file: Path) -> None:
+    """Make what stands in a file durable."""
     descriptor = os.open(file, os.O_RDWR)
     try:
         os.fsync(descriptor)

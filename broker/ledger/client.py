@@ -317,9 +317,18 @@ class LedgerClient:
             self._on_holdings(page)
             return
         # While these blocks are taken in, the question stands, so that none of them asks for the next one.
-        for raw in page.entries:
-            self._on_block(envelope.open_envelope(raw, self._ledger, self._validators.get))
+        blocks = [envelope.open_envelope(raw, self._ledger, self._validators.get) for raw in page.entries]
+        for opened in blocks:
+            self._on_block(opened)
         self._asked = None
+        first = blocks[0].message if blocks else None
+        if isinstance(first, Block) and first.height > (asked.query.from_height or 0):
+            # Asked again, it would give the same answer for ever.
+            self._stop(
+                asked.query.from_height or 0,
+                f"the ledger was restored from a snapshot and has no blocks before {first.height}; follow a node that has",
+            )
+            return
         if self._phase is _Phase.STOPPED:
             return
         if page.height < asked.height:

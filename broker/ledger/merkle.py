@@ -101,6 +101,16 @@ def node_position(level: int, index: int) -> int:
     return nodes_in(last) + level
 
 
+def peak_positions(size: int) -> list[int]:
+    """The positions of the full subtrees of a tree of `size` leaves, the largest first: all that it needs to grow."""
+    positions, low = [], 0
+    while low < size:
+        level = (size - low).bit_length() - 1
+        positions.append(node_position(level, low >> level))
+        low += 1 << level
+    return positions
+
+
 def hashes_from(read_node: Callable[[int], bytes]) -> SpanHash:
     """Span hashes from stored nodes: `read_node` gives the node at a position. A span costs O(log n) reads."""
 

@@ -29,6 +29,9 @@ NETWORK: Final = "network"
 STALE: Final = b""
 """Stands for the digest of a bucket whose rows have changed since it was hashed."""
 
+BASE: Final = "base"
+"""The row of `meta` in a restored ledger: SHA-256 of the manifest of the snapshot that it began with."""
+
 _KEYS_PER_READ: Final = 500  # well under SQLite's limit of bound parameters
 
 _SCHEMA: Final = """
@@ -194,6 +197,35 @@ class Store:
         self._db.executemany("INSERT INTO buckets VALUES (?, ?)", digests.items())
         self._db.execute("COMMIT")
 
+    # --- filling a new file from a snapshot
+
+    def put_state(self, rows: Iterable[tuple[bytes, bytes]]) -> None:
+        """Add (key, row); these `put_*` are transactions of their own. Raises sqlite3.Error, also for a key twice."""
+        self._put("INSERT INTO state VALUES (?, ?)", rows)
+
+    def put_batches(self, rows: Iterable[tuple[bytes, int]]) -> None:
+        """Add (batch id, height)."""
+        self._put("INSERT INTO batches VALUES (?, ?)", rows)
+
+    def put_base(
+        self, nodes: list[tuple[int, bytes]], block: tuple[int, bytes, bytes], signed_head: bytes | None, base: bytes
+    ) -> None:
+        """Add what makes the file whole: Merkle nodes, the last block, the signed head, and the row BASE."""
+        self._put("INSERT INTO nodes VALUES (?, ?)", nodes)
+        meta = [(BASE, base)] if signed_head is None else [(BASE, base), (SIGNED_HEAD, signed_head)]
+        self._put("INSERT INTO meta VALUES (?, ?)", meta)
+        self._put("INSERT INTO blocks VALUES (?, ?, ?)", [block])
+
+    def _put(self, statement: str, rows: Iterable[Any]) -> None:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            self._db.executemany(statement, rows)
+            self._db.execute("COMMIT")
+        except sqlite3.Error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+
     # --- everything else that is stored
 
     def meta(self, name: str) -> bytes | None:
@@ -262,6 +294,13 @@ class Store:
     def batch_rows(self) -> Iterator[tuple[bytes, int]]:
         """(batch id, height), ascending by id."""
         return self._db.execute("SELECT batch_id, height FROM batches ORDER BY batch_id")
+
+    def counts(self) -> tuple[int, int]:
+        """How many state rows and batches there are."""
+        found: tuple[int, int] = self._db.execute(
+            "SELECT (SELECT count(*) FROM state), (SELECT count(*) FROM batches)"
+        ).fetchone()
+        return found
 
     def meta_rows(self) -> Iterator[tuple[str, bytes]]:
         return self._db.execute("SELECT name, value FROM meta ORDER BY name")
