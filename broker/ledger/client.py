@@ -326,7 +326,7 @@ class LedgerClient:
             # Asked again, it would give the same answer for ever.
             self._stop(
                 asked.query.from_height or 0,
-                f"the ledger was restored from a snapshot and has no blocks before {first.height}; follow a node that has",
+                f"the ledger began with a snapshot and has no blocks before {first.height}; follow a node that has",
             )
             return
         if self._phase is _Phase.STOPPED:

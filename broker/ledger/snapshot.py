@@ -8,7 +8,7 @@ that takes a copy which has all blocks.
 The same parts serve CometBFT's state sync: `metadata` is the manifest, and each chunk is below its limit of 16 MB.
 Equal states give equal manifests and chunks on every node, since neither holds a signature.
 
-File: MAGIC ‖ chunks one after the other ‖ tail ‖ length of the tail (8 bytes, big-endian) ‖ MAGIC
+File: MAGIC ‖ chunks one after the other ‖ tail ‖ SHA-256 of the tail ‖ its length (8 bytes, big-endian) ‖ MAGIC
 Tail: CBOR [manifest, sealed last block, signed head or null], both as they are stored where the snapshot was taken.
 Manifest: CBOR [1, genesis, head, rows digest, rows, batches, [[chunk's length, SHA-256] …]]
 Chunk: CBOR [part, key, value, key, value …], a part after the other as in `Part`, keys ascending.
@@ -34,7 +34,7 @@ from broker.ledger.backup import new_directory
 from broker.ledger.books import book_faults
 from broker.ledger.chain import Head, block_id_of, genesis_hash, validators_of
 from broker.ledger.merkle import peak_positions
-from broker.ledger.receipts import SignedHead, verify_checkpoint
+from broker.ledger.receipts import SignedHead, verify_checkpoint, verify_signed_root
 from broker.ledger.rows_digest import bucket_digests, rows_digest
 from broker.ledger.state import decode_key, decode_row
 from broker.ledger.store import FILE_NAME, SIGNED_HEAD, LedgerError, Store
@@ -188,7 +188,7 @@ def write_snapshot(store: Store, out: Path) -> Manifest:
             digest = rows_digest(bucket_digests(store.state_rows()))
             manifest = Manifest(genesis, head, digest, counts[Part.ROWS], counts[Part.BATCHES], tuple(chunks))
             tail = cbor.encode([manifest.to_bytes(), last[2], store.meta(SIGNED_HEAD)])
-            file.write(tail + len(tail).to_bytes(_LENGTH_BYTES, "big") + MAGIC)
+            file.write(tail + sha256(tail).digest() + len(tail).to_bytes(_LENGTH_BYTES, "big") + MAGIC)
             file.flush()
             os.fsync(file.fileno())
         partial.rename(out)
@@ -238,25 +238,27 @@ class SnapshotFile:
         return self._file.read(self.manifest.chunks[index].length)
 
     def _tail(self) -> tuple[Manifest, bytes, bytes | None]:
-        size = self._file.seek(0, os.SEEK_END)
-        end = size - len(MAGIC) - _LENGTH_BYTES
+        end = self._file.seek(0, os.SEEK_END) - len(MAGIC) - _LENGTH_BYTES - HASH_BYTES
         self._file.seek(0)
         if self._file.read(len(MAGIC)) != MAGIC or end < len(MAGIC):
             raise SnapshotFault("it is no snapshot of a ledger")
         self._file.seek(end)
-        length, magic = int.from_bytes(self._file.read(_LENGTH_BYTES), "big"), self._file.read()
-        if magic != MAGIC or not 0 < length <= end - len(MAGIC):
+        digest, length = self._file.read(HASH_BYTES), int.from_bytes(self._file.read(_LENGTH_BYTES), "big")
+        if self._file.read() != MAGIC or not 0 < length <= min(end - len(MAGIC), MAX_TAIL_BYTES):
             raise SnapshotFault("it is cut off; copy it again")
         self._file.seek(end - length)
-        try:
-            tail = cbor.decode(self._file.read(length), "snapshot tail", MAX_TAIL_BYTES)
-        except MalformedMessage as error:
-            raise SnapshotFault(f"its end is damaged ({error}); copy it again") from error
-        if type(tail) is not list or [type(item) for item in tail[:2]] != [bytes, bytes] or len(tail) != 3:
+        raw = self._file.read(length)
+        if sha256(raw).digest() != digest:
             raise SnapshotFault("its end is damaged; copy it again")
+        try:
+            tail = cbor.decode(raw, "snapshot tail", MAX_TAIL_BYTES)
+        except MalformedMessage as error:
+            raise SnapshotFault(f"its end is none: {error}") from error
+        if type(tail) is not list or [type(item) for item in tail[:2]] != [bytes, bytes] or len(tail) != 3:
+            raise SnapshotFault("its end is none: expected [manifest, sealed block, signed head]")
         manifest, sealed_block, signed_head = tail
         if signed_head is not None and type(signed_head) is not bytes:
-            raise SnapshotFault("its end is damaged; copy it again")
+            raise SnapshotFault("its end is none: expected a signed head or null")
         return Manifest.from_bytes(manifest), sealed_block, signed_head
 
 
@@ -409,7 +411,10 @@ def _sealed_by_a_validator(source: SnapshotFile, payload: bytes) -> tuple[bytes,
     if block_id_of(source.sealed_block) != sha256(payload).digest():
         raise SnapshotFault("its sealed block is another one than its last block")
     if source.signed_head is not None:
-        checkpoint, _ = verify_checkpoint(SignedHead.from_bytes(source.signed_head).checkpoint, trust)
+        signed = SignedHead.from_bytes(source.signed_head)
+        checkpoint, _ = verify_checkpoint(signed.checkpoint, trust)
+        # It names the genesis, too.
+        verify_signed_root(signed.root, checkpoint.root, trust)
         if checkpoint != source.manifest.head.checkpoint():
             raise SnapshotFault("its checkpoint is signed for another head")
     return source.sealed_block, source.signed_head
