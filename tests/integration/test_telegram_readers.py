@@ -1,4 +1,4 @@
-"""SML and IEC 62056-21 readers against meters that misbehave on a real pseudo-terminal.
+"""SML, IEC 62056-21 and encrypted P1 readers against meters that misbehave on a real pseudo-terminal.
 
 Hazards 3 (no number), 11 (renumbered port) and 14 (garbage): late, short, garbled, doubled, silent, unplugged.
 """
@@ -19,6 +19,9 @@ from support.telegrams import (
     GOOD_SML,
     LANDIS_GYR_IDENTIFICATION,
     LANDIS_GYR_LINES,
+    LUXEMBOURG_AUTHENTICATION_KEY,
+    SMARTY_FRAME,
+    SMARTY_KEY,
     block,
     entry,
     even,
@@ -28,7 +31,7 @@ from support.telegrams import (
 from support.wire_peers import Clock, SerialPeer, meter
 
 from firmware_config.loader import ConfigError, load_config
-from meter_agent.config import Iec62056Config, MeterConfig, SmlConfig
+from meter_agent.config import Iec62056Config, MeterConfig, P1Config, SmlConfig
 from meter_agent.framing.telegram import ObisChoice
 from meter_agent.readers import create_reader
 from meter_agent.readers.iec62056_21 import SignOnReader
@@ -411,3 +414,24 @@ def test_configs_are_read_from_files(tmp_path):
 def test_configs_that_cannot_be_meant_are_named(tmp_path, reader, expected):
     with pytest.raises(ConfigError, match=expected):
         load_config(config_file(tmp_path, reader), MeterConfig)
+
+
+def test_an_encrypted_p1_port_is_read_with_its_keys_and_says_so_without(peers, closing, tmp_path):
+    (tmp_path / "p1.key").write_text(SMARTY_KEY.hex())
+    (tmp_path / "p1-auth.key").write_text(LUXEMBOURG_AUTHENTICATION_KEY.hex())
+    peer = peers(SerialPeer())
+    keys = (tmp_path / "p1.key", tmp_path / "p1-auth.key")
+    reader = closing(create_reader(meter(P1Config("p1", peer.port, 115_200, *keys, timeout_s=PATIENCE_S)), Clock()))
+    samples = []
+    reading = threading.Thread(target=lambda: samples.append(reader.sample()))
+    reading.start()
+    wait_until(lambda: reader._port is not None, "the port to be open")
+    # One that lost bytes, and the next: nobody waits for the length that the first one said.
+    peer.send(SMARTY_FRAME[:300] + SMARTY_FRAME[320:] + SMARTY_FRAME)
+    reading.join(10)
+    assert [(sample.import_mwh, sample.serial_number) for sample in samples] == [(6_695_000, "SAG1030700114004")]
+    reader.close()
+    blind = closing(create_reader(meter(P1Config("p1", peer.port, timeout_s=TIMEOUT_S)), Clock()))
+    peer.send(SMARTY_FRAME)
+    with pytest.raises(ReadFailure, match=r"is it encrypted \(then name its keys\)\?"):
+        blind.sample()
