@@ -9,7 +9,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from broker.commands import copies, ledger_verify
+from broker.commands import copies, ledger_compare, ledger_verify
 from broker.commands.common import DONE, add_command, add_group, named_key, print_csv, print_row
 from broker.config import load_genesis
 from broker.ledger.operations import Operation
@@ -54,6 +54,7 @@ def add_commands(commands: Any) -> None:
     )
     trust.add_argument("--genesis", type=Path, required=True, metavar="FILE", help="the ledger's genesis file")
     ledger_verify.add_commands(group)
+    ledger_compare.add_commands(group)
     show = add_command(group, "show", "Print what stands on a ledger.", _ledger_show)
     show.add_argument("path", type=Path, metavar="PATH", help="the ledger's directory")
     show.add_argument(

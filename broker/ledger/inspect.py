@@ -117,13 +117,13 @@ class OrderTransfer:
 
 def genesis(path: Path) -> Genesis:
     """What the ledger was founded on."""
-    with _opened(path) as store:
+    with opened(path) as store:
         return _genesis(store)
 
 
 def blocks(path: Path) -> Iterator[BlockLine]:
     """All blocks by height."""
-    with _opened(path) as store:
+    with opened(path) as store:
         for height, block_id, raw in store.blocks():
             block = _block(raw)
             operations = sum(len(_batch(batch).operations) for batch in block.batches)
@@ -134,13 +134,13 @@ def blocks(path: Path) -> Iterator[BlockLine]:
 
 def operations(path: Path) -> Iterator[tuple[int, Operation]]:
     """(height, operation) of every operation in the order applied."""
-    with _opened(path) as store:
+    with opened(path) as store:
         yield from _operations(store)
 
 
 def assets(path: Path) -> Iterator[AssetLine]:
     """All assets by interval and device."""
-    with _opened(path) as store:
+    with opened(path) as store:
         for key, row in _rows(store, ASSET):
             assert isinstance(row, AssetRow)
             yield AssetLine(
@@ -157,7 +157,7 @@ def assets(path: Path) -> Iterator[AssetLine]:
 
 def totals(path: Path) -> Iterator[TotalLine]:
     """Totals by interval and source."""
-    with _opened(path) as store:
+    with opened(path) as store:
         for key, row in _rows(store, TOTAL):
             assert isinstance(row, TotalRow)
             yield TotalLine(key[1], Source(key[2]), *row)
@@ -165,7 +165,7 @@ def totals(path: Path) -> Iterator[TotalLine]:
 
 def demands(path: Path) -> Iterator[DemandLine]:
     """All demands by interval and pseudonym."""
-    with _opened(path) as store:
+    with opened(path) as store:
         for key, row in _rows(store, DEMAND):
             assert isinstance(row, DemandRow)
             yield DemandLine(key[1], key[2], row.broker, row.demanded_wh, row.delivered_wh)
@@ -173,14 +173,14 @@ def demands(path: Path) -> Iterator[DemandLine]:
 
 def deliveries(path: Path) -> Iterator[DeliveryLine]:
     """All delivered slices by interval of generation, device and range."""
-    with _opened(path) as store:
+    with opened(path) as store:
         for key, row in _rows(store, SLICE):
             yield _delivery(key, row)
 
 
 def order_transfers(path: Path, order_id: bytes | None = None) -> Iterator[OrderTransfer]:
     """Transfers under orders between brokers, of one order or of all, in the order applied."""
-    with _opened(path) as store:
+    with opened(path) as store:
         for height, operation in _operations(store):
             if not isinstance(operation, Transfer) or operation.order is None:
                 continue
@@ -246,7 +246,8 @@ def _genesis(store: Store) -> Genesis:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Store]:
+def opened(path: Path) -> Iterator[Store]:
+    """The ledger in directory `path`, to read what stands there at one moment. Raises LedgerError."""
     if not (path / FILE_NAME).is_file():
         raise LedgerError(path, f"holds no {FILE_NAME}; give the ledger's directory")
     try:

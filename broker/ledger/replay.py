@@ -132,7 +132,7 @@ class Replay:
             heights += self._block(row, step)
             nodes, step.nodes = step.nodes, []
             before, end = self.mark, nodes_in(step.head.tree_size)
-            found = stored.node_rows(nodes_in(before.head.tree_size), end)
+            found = list(stored.node_rows(nodes_in(before.head.tree_size), end))
             if found != nodes:
                 _compare_nodes(dict(found), dict(nodes), complain)
             self.mark = replace(before, head=step.head, history=_history_after(before.history, row, nodes))
@@ -221,7 +221,7 @@ def _compare_nodes(found: dict[int, bytes], made: dict[int, bytes], complain: Ca
             complain(f"Merkle nodes from {first}: stored with another value")
 
 
-def _history_after(history: bytes, row: tuple[int, bytes, bytes], nodes: list[tuple[int, bytes]]) -> bytes:
+def _history_after(history: bytes, row: tuple[int, bytes, bytes], nodes: Iterable[tuple[int, bytes]]) -> bytes:
     height, block_id, raw = row
     digest = sha256(history + height.to_bytes(8, "big") + block_id + raw)
     for first, hashes in nodes:

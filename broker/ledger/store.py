@@ -272,11 +272,11 @@ class Store:
         node: bytes = found[0]
         return node
 
-    def node_rows(self, first: int, end: int) -> list[tuple[int, bytes]]:
-        """(position of the first, hashes) of the rows that begin in [first, end), ascending."""
+    def node_rows(self, first: int = 0, end: int = MAX_INTEGER) -> Iterator[tuple[int, bytes]]:
+        """(position of the first, hashes) of the rows that begin in [first, end), ascending; all by default."""
         return self._db.execute(
             "SELECT first, hashes FROM nodes WHERE first >= ? AND first < ? ORDER BY first", (first, end)
-        ).fetchall()
+        )
 
     def node_rows_outside(self, end: int) -> list[int]:
         """Where rows of nodes begin that a tree with so many nodes cannot have; no more than a few of them."""
