@@ -5,15 +5,19 @@ import csv
 import json
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
+from enum import IntEnum
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 from broker.config import load_genesis, parse_public_key
+from broker.ledger.operations import Operation
 from broker.protocol.envelope import seal
 from broker.protocol.errors import MalformedMessage
 from broker.protocol.keys import load_private_key
 from broker.protocol.messages import Message, NamedKey
+from broker.protocol.sources import Source, SourceGroup
 from firmware_config.loader import WrongValue
 
 DONE: Final = 0
@@ -86,11 +90,12 @@ def print_row(row: dict[str, Any], *, as_json: bool) -> None:
         print("  ".join(f"{key}={value}" for key, value in row.items() if value is not None))
 
 
-def print_csv(rows: Iterable[dict[str, Any]]) -> None:
+def print_csv(rows: Iterable[dict[str, Any]], out: TextIO | None = None) -> None:
+    """Write rows with a head line, to standard output by default; no row, no head line."""
     writer = None
     for row in rows:
         if writer is None:
-            writer = csv.DictWriter(sys.stdout, list(row), lineterminator="\n")
+            writer = csv.DictWriter(out or sys.stdout, list(row), lineterminator="\n")
             writer.writeheader()
         writer.writerow({key: _in_a_cell(value) for key, value in row.items()})
 
@@ -98,3 +103,23 @@ def print_csv(rows: Iterable[dict[str, Any]]) -> None:
 def _in_a_cell(value: Any) -> Any:
     """Lists and tables within a row stand as JSON in their cell."""
     return json.dumps(value) if isinstance(value, dict | list) else value
+
+
+def plain(value: Any) -> Any:
+    """Values of the ledger's views as what JSON knows: records by name, bytes in hex, sources by their label."""
+    if isinstance(value, (Source, SourceGroup)):
+        return value.label
+    if isinstance(value, IntEnum):
+        return value.name.lower()
+    if isinstance(value, bytes):
+        return value.hex()
+    if is_dataclass(value):
+        record = {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+        return {"operation": type(value).__name__.lower(), **record} if isinstance(value, Operation) else record
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return {name: plain(item) for name, item in value._asdict().items()}
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Operation):
+        return {"height": value[0], **plain(value[1])}
+    if isinstance(value, (tuple, list)):
+        return [plain(item) for item in value]
+    return value

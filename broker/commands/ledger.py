@@ -4,19 +4,15 @@ import argparse
 import json
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import fields, is_dataclass
-from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from broker.commands import copies, ledger_compare, ledger_verify
-from broker.commands.common import DONE, add_command, add_group, named_key, print_csv, print_row
+from broker.commands import copies, ledger_audit, ledger_compare, ledger_verify
+from broker.commands.common import DONE, add_command, add_group, named_key, plain, print_row
 from broker.config import load_genesis
-from broker.ledger.operations import Operation
 from broker.protocol.errors import MalformedMessage
 from broker.protocol.market_time import MarketCalendar
 from broker.protocol.messages import Genesis
-from broker.protocol.sources import Source, SourceGroup
 from firmware_config.loader import WrongValue
 
 
@@ -63,8 +59,7 @@ def add_commands(commands: Any) -> None:
         help="head is the last block with its hashes",
     )
     show.add_argument("--json", action="store_true", help="one JSON object a line")
-    audit = add_command(group, "audit", "Print the books of a ledger: per source and interval, as CSV.", _ledger_audit)
-    audit.add_argument("path", type=Path, metavar="PATH", help="the ledger's directory")
+    ledger_audit.add_commands(group)
     copies.add_ledger_commands(group)
 
 
@@ -115,32 +110,5 @@ def _ledger_show(options: argparse.Namespace) -> int:
         "orders": inspect.order_transfers,
     }
     for row in views[options.what](options.path):
-        print_row(_plain(row), as_json=options.json)
+        print_row(plain(row), as_json=options.json)
     return DONE
-
-
-def _ledger_audit(options: argparse.Namespace) -> int:
-    from broker.ledger import inspect
-
-    print_csv(_plain(row) for row in inspect.totals(options.path))
-    return DONE
-
-
-def _plain(value: Any) -> Any:
-    """Values of the ledger's views as what JSON knows: records by name, bytes in hex, sources by their label."""
-    if isinstance(value, (Source, SourceGroup)):
-        return value.label
-    if isinstance(value, IntEnum):
-        return value.name.lower()
-    if isinstance(value, bytes):
-        return value.hex()
-    if is_dataclass(value):
-        record = {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-        return {"operation": type(value).__name__.lower(), **record} if isinstance(value, Operation) else record
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return {name: _plain(item) for name, item in value._asdict().items()}
-    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Operation):
-        return {"height": value[0], **_plain(value[1])}
-    if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
-    return value

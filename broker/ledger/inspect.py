@@ -1,8 +1,8 @@
-"""Plain views of a ledger for people and exports: blocks, assets, totals, demands, orders. Read-only.
+"""Plain views of a ledger for people and exports: blocks, assets, demands, deliveries, orders. Read-only.
 
 Each function opens the ledger directory, also while an engine runs on it, yields rows of one moment in a stable order,
-and closes it again. They show what is stored; whether that is right is for `verify.verify_ledger` to say. All raise
-LedgerError for a directory without a readable ledger.
+and closes it again. They show what is stored row by row; `audit` adds it up, and whether it is right is for
+`verify.verify_ledger` to say. All raise LedgerError for a directory without a readable ledger.
 """
 
 import sqlite3
@@ -16,14 +16,12 @@ from broker.ledger.state import (
     ASSET,
     DEMAND,
     SLICE,
-    TOTAL,
     AssetRow,
     DemandRow,
     Held,
     Key,
     Row,
     SliceRow,
-    TotalRow,
     decode_key,
     decode_row,
     table_bounds,
@@ -60,19 +58,6 @@ class AssetLine:
     withdrawn_wh: int
     expired_wh: int
     held: tuple[Held, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class TotalLine:
-    """Wh of one source in the interval that begins at `start_s`: issued = held + delivered + withdrawn + expired."""
-
-    start_s: int
-    source: Source
-    issued_wh: int
-    held_wh: int
-    delivered_wh: int
-    withdrawn_wh: int
-    expired_wh: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,14 +138,6 @@ def assets(path: Path) -> Iterator[AssetLine]:
                 row.expired_wh,
                 row.held,
             )
-
-
-def totals(path: Path) -> Iterator[TotalLine]:
-    """Totals by interval and source."""
-    with opened(path) as store:
-        for key, row in _rows(store, TOTAL):
-            assert isinstance(row, TotalRow)
-            yield TotalLine(key[1], Source(key[2]), *row)
 
 
 def demands(path: Path) -> Iterator[DemandLine]:

@@ -45,7 +45,7 @@ def summarize(workspace: Workspace, engine: str, seconds: float) -> dict[str, An
 def issued_wh(workspace: Workspace) -> dict[str, int]:
     """Wh of each source that the ledger has issued, over all intervals, from its audit."""
     issued: Counter[str] = Counter()
-    for row in csv.DictReader(io.StringIO(energy_broker("ledger", "audit", workspace.ledger))):
+    for row in csv.DictReader(io.StringIO(energy_broker("ledger", "audit", "--csv", workspace.ledger))):
         issued[row["source"]] += int(row["issued_wh"])
     return dict(sorted(issued.items()))
 
