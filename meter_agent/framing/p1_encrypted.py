@@ -17,6 +17,9 @@ from meter_agent.framing.telegram import MalformedTelegram
 MAX_FRAME_BYTES: Final = MAX_TELEGRAM_BYTES
 """Longest frame taken; real ones have 650 to 1 300 bytes."""
 
+_LEAST_FRAME_BYTES: Final = 200
+"""No telegram with two counters in it is shorter."""
+
 _BEGIN: Final = bytes([GENERAL_GLO_CIPHERING, SYSTEM_TITLE_BYTES])
 
 
@@ -85,3 +88,32 @@ class EncryptedP1Framer:
             reason = framer.last_refusal or "there is no telegram with a CRC in it"
             raise MalformedTelegram(f"deciphering it gives no telegram ({reason}); check the port's encryption key")
         return telegrams[0]
+
+
+class EncryptedFrameFinder:
+    """Finds frames without their keys, to tell that a port is encrypted. Nothing proves them right: it is a guess."""
+
+    def __init__(self) -> None:
+        self._buffer = b""
+
+    def feed(self, data: bytes) -> tuple[bytes, ...]:
+        """What looks like a frame, and ends where the data ends or another one begins. Never raises."""
+        self._buffer = (self._buffer + data)[-2 * MAX_FRAME_BYTES :]
+        begin = self._buffer.find(_BEGIN)
+        while begin >= 0:
+            frame, rest = self._frame(self._buffer[begin:])
+            if frame and (not rest or rest.startswith(_BEGIN)):
+                self._buffer = rest
+                return (frame,)
+            begin = self._buffer.find(_BEGIN, begin + 1)
+        return ()
+
+    def _frame(self, start: bytes) -> tuple[bytes, bytes]:
+        """A whole frame of plausible length at the start, and what follows; empty if there is none."""
+        try:
+            size = apdu_bytes(start)
+        except MalformedTelegram:
+            size = None
+        if size is None or not _LEAST_FRAME_BYTES <= size <= min(MAX_FRAME_BYTES, len(start)):
+            return b"", b""
+        return start[:size], start[size:]

@@ -28,6 +28,7 @@ from meter_agent.config import BRouteConfig, Iec62056Config, MBusConfig
 from meter_agent.framing import hdlc, iec62056_21, p1, sml
 from meter_agent.framing.dlms import parse_list
 from meter_agent.framing.mbus import ACKNOWLEDGE, ANYBODY, SND_NKE, MalformedFrame, NoAnswer, short_frame
+from meter_agent.framing.p1_encrypted import EncryptedFrameFinder
 from meter_agent.framing.telegram import MalformedTelegram, TelegramReading
 from meter_agent.installer.identify import Fit, Look, Verdict, equally_good, judge, ranked
 from meter_agent.profiles import MeterProfile, Pauses, Quantity, SerialDefaults, load_profile, profile_names
@@ -112,6 +113,7 @@ class Listener:
     line: SerialDefaults
     new_framer: Callable[[], Framer]
     parse: Callable[[Any], TelegramReading]
+    note: str = "it pushes telegrams"
 
 
 def listeners() -> tuple[Listener, ...]:
@@ -123,6 +125,13 @@ def listeners() -> tuple[Listener, ...]:
     pushed = (iec62056_21.Iec62056Framer, iec62056_21.parse_telegram)
     return (
         Listener({"protocol": "p1", "baud": 115_200}, SerialDefaults(115_200, "N"), p1.P1Framer, p1.parse_telegram),
+        Listener(
+            {"protocol": "p1", "baud": 115_200, "encryption_key_file": "", "authentication_key_file": ""},
+            SerialDefaults(115_200, "N"),
+            EncryptedFrameFinder,
+            lambda _frame: TelegramReading(None, None, None, None),
+            "it pushes what looks like encrypted telegrams; the grid operator has the keys",
+        ),
         Listener({"protocol": "sml", "baud": 9_600}, SerialDefaults(9_600, "N"), sml.SmlFramer, sml.parse_frame),
         Listener(fast, SerialDefaults(9_600, "N"), *pushed),
         Listener({"protocol": "dlms", "baud": 2_400, "parity": "E"}, even, hdlc.HdlcFramer, _dlms_reading),
@@ -191,7 +200,7 @@ class ListenProbe:
             reading.serial_number,
         )
         reader = {**listener.reader, "port": str(self._port)}
-        return Found(f"{self._port} {line_text(listener.line)}", [], reader, sample, note="it pushes telegrams")
+        return Found(f"{self._port} {line_text(listener.line)}", [], reader, sample, note=listener.note)
 
 
 def _opened(port: Path, line: SerialDefaults) -> serial.Serial:

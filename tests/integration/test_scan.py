@@ -16,7 +16,15 @@ from dengen_testing.wire.faults import Fault
 from dengen_testing.wire.modbus import READ_HOLDING_REGISTERS, READ_INPUT_REGISTERS, Block, RegisterImage
 from dengen_testing.wire.registers import MeterState, abb_b23, iem3000, sdm120, sdm630, sunspec_inverter
 from support.modbus_bus import SerialBus, TcpBus
-from support.telegrams import EASYMETER, GOOD_SML, LANDIS_GYR_IDENTIFICATION, LANDIS_GYR_LINES, block, even
+from support.telegrams import (
+    EASYMETER,
+    GOOD_SML,
+    LANDIS_GYR_IDENTIFICATION,
+    LANDIS_GYR_LINES,
+    SMARTY_FRAME,
+    block,
+    even,
+)
 from support.wire_peers import SerialPeer
 
 from firmware_config.loader import build
@@ -340,6 +348,14 @@ def test_ctrl_c_shows_what_was_found_so_far(start_bus: Callable[..., Any], capsy
     assert code == 0
     assert [meter["device_ids"] for meter in found] == [[1]]
     assert "stopped; this was found so far" in err
+
+
+def test_an_encrypted_p1_port_is_named_as_such(capsys: pytest.CaptureFixture[str]) -> None:
+    with pushing(SMARTY_FRAME) as port:
+        code, found, _ = scan(capsys, "--port", port, "--listen", 2)
+    assert code == 0
+    assert (found[0]["reader"]["protocol"], found[0]["reader"]["encryption_key_file"]) == ("p1", "")
+    assert (found[0]["reading"]["import_mwh"], "encrypted telegrams" in found[0]["note"]) == (None, True)
 
 
 def mbus_frame(address: int, medium: int = 2) -> bytes:

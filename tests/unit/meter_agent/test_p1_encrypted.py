@@ -10,7 +10,7 @@ from firmware_config.loader import WrongValue
 from meter_agent.config import P1Config
 from meter_agent.framing.ciphering import MeterKeys
 from meter_agent.framing.p1 import parse_telegram
-from meter_agent.framing.p1_encrypted import MAX_FRAME_BYTES, EncryptedP1Framer
+from meter_agent.framing.p1_encrypted import MAX_FRAME_BYTES, EncryptedFrameFinder, EncryptedP1Framer
 from meter_agent.framing.telegram import TelegramReading
 from meter_agent.readers.p1 import create_p1_reader
 
@@ -94,6 +94,18 @@ def test_any_stream_is_held_in_bounded_memory_and_the_next_frame_is_found(chunks
         framer.feed(chunk)
         assert framer.held_bytes <= MAX_FRAME_BYTES
     assert [parse_telegram(t) for t in framer.feed(SMARTY_FRAME)] == [EXPECTED]
+
+
+def test_frames_are_found_without_their_keys_where_they_end_with_the_data_or_another_begins():
+    assert EncryptedFrameFinder().feed(b"noise\xdb\x08" + SMARTY_FRAME) == (SMARTY_FRAME,)
+    finder = EncryptedFrameFinder()
+    pieces = [SMARTY_FRAME[i : i + 100] for i in range(0, len(SMARTY_FRAME), 100)]
+    assert [finder.feed(piece) for piece in pieces] == [()] * 6 + [(SMARTY_FRAME,)]
+    assert EncryptedFrameFinder().feed(SMARTY_FRAME + SMARTY_FRAME[:50]) == (SMARTY_FRAME,)
+    # Something else follows, it is far too short, or it is no such frame at all.
+    assert EncryptedFrameFinder().feed(SMARTY_FRAME + b"x") == ()
+    assert EncryptedFrameFinder().feed(sealed(b"short")) == ()
+    assert EncryptedFrameFinder().feed(b"\xdb\x08" + bytes(8) + b"\xff" * 400) == ()
 
 
 def test_the_config_names_the_keys_and_mistakes_in_them_are_found_before_the_port_is_opened(tmp_path):
