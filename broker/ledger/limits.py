@@ -23,6 +23,25 @@ MAX_SLICES_OF_DELIVERY: Final = 1_024
 MAX_HELD_SLICES: Final = 256
 """Held slices of one asset. Every move searches them, so an owner who shreds an asset must not slow everyone down."""
 
+MAX_REVISION: Final = 63
+"""Corrections of one device's interval. Each looks at the assets of all of them; a meter that needs more is broken."""
+
+MAX_WITHDRAWN_SLICES: Final = 1_024
+"""Delivered slices that one correction withdraws. What it leaves is carried to the device's next issues."""
+
+MAX_SEARCHED_DELIVERIES: Final = 16_384
+"""Deliveries from one asset among which a correction looks for the newest; where there are more, it is carried."""
+
+MAX_SEARCHED_BY_BATCH: Final = 65_536
+"""The same for all corrections of a batch together: a second or two. A broker splits what is over it."""
+
+MAX_RETURNED_SLICES: Final = 4_096
+"""Held slices of one asset that deliveries were returned to. More than MAX_HELD_SLICES, because one faulty converter
+corrects all consumers of an asset at once, and a correction of consumption must not be refused for that."""
+
+MAX_EXPIRED_ASSETS: Final = 4_096
+"""Assets that one close expires, so that a broker which comes back after months does not stop everyone at once."""
+
 CACHED_ROWS: Final = 16_384
 """State rows in each of two cache generations; about 15 MB in all. What is hot (assets, totals) is far fewer."""
 

@@ -10,13 +10,13 @@ from typing import TypeVar
 from broker.ledger.faults import Fault, RuleViolation
 from broker.ledger.limits import MAX_INTRODUCTION_BYTES
 from broker.ledger.operations import Operation, Register, decode_operation
-from broker.ledger.state import KEY, KEY_OF_DEVICE, KEY_OF_PARTY, KeyRow, State
+from broker.ledger.state import KEY, KeyRow, State
 from broker.protocol import envelope
 from broker.protocol.envelope import Opened, Signer
 from broker.protocol.errors import MalformedMessage, UnknownKey
 from broker.protocol.keys import PublicKey, public_key_from_cose
 from broker.protocol.market_time import MarketCalendar
-from broker.protocol.messages import Batch, Genesis, Message, MessageType, Registration
+from broker.protocol.messages import Batch, Genesis, KeyHolder, Message, MessageType, NamedKey, Registration
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +28,19 @@ class Charter:
     areas: frozenset[str]
     registrars: Mapping[bytes, Signer]
     registrar_names: frozenset[str]
+    correction_deadline_s: int
+    validators: tuple[NamedKey, ...]
+    """Those of the genesis; `rules.validators_now` says who they are after changes."""
     verifies: envelope.SignatureCheck = PublicKey.verifies
     """How signatures are checked; the verifier puts in a check that is told beforehand which of them hold."""
 
 
 @dataclass(frozen=True, slots=True)
 class OpenedBatch:
-    """A batch whose signature holds. `sender_key` is the COSE_Key that it was checked with."""
+    """A batch whose signature holds. `key_id` names the key that it was checked with."""
 
     sender: str
-    sender_key: bytes
+    key_id: bytes
     batch_id: bytes
     not_after_s: int
     operations: tuple[Operation, ...]
@@ -55,6 +58,8 @@ def charter_of(genesis: Genesis) -> Charter:
         frozenset(genesis.areas),
         {signer.key.key_id: signer for signer in registrars},
         frozenset(signer.name for signer in registrars),
+        genesis.correction_deadline_s,
+        genesis.validators,
     )
 
 
@@ -81,7 +86,7 @@ def open_batch(raw: bytes, state: State, charter: Charter) -> OpenedBatch:
     except MalformedMessage as error:
         raise RefusedBatch(signer.name, batch_id, RuleViolation(index, Fault.MALFORMED, str(error))) from error
     return OpenedBatch(
-        signer.name, signer.key.cose_key, batch_id, batch.not_after_s, tuple(operations), batch.operations, raw
+        signer.name, parsed.key_id, batch_id, batch.not_after_s, tuple(operations), batch.operations, raw
     )
 
 
@@ -96,7 +101,7 @@ class RefusedBatch(Exception):
 
 
 def _introduced(parsed: envelope.Envelope, charter: Charter) -> Signer | None:
-    """Who a batch of an unknown key says it comes from: a broker's first batch carries its own registration first.
+    """Who a batch of an unknown key says it comes from: a party's first batch carries its own registration first.
 
     Only a registrar's signature is believed here, and only a small batch is looked into, so an unknown sender can make
     nobody work for more than that one check.
@@ -116,18 +121,19 @@ def _introduced(parsed: envelope.Envelope, charter: Charter) -> Signer | None:
 
 
 def party_signer(state: State, key_id: bytes) -> Signer | None:
-    """The registered party with that key, None if there is none."""
-    return _signer(state, key_id, KEY_OF_PARTY)
+    """The registered party with that key, None if there is none or the key is revoked."""
+    return _signer(state, key_id, KeyHolder.PARTY)
 
 
 def meter_signer(state: State, key_id: bytes) -> Signer | None:
-    """The admitted device whose meter has that key, None if there is none."""
-    return _signer(state, key_id, KEY_OF_DEVICE)
+    """The admitted device whose meter has that key, None if there is none or the key is revoked."""
+    return _signer(state, key_id, KeyHolder.DEVICE)
 
 
-def _signer(state: State, key_id: bytes, holder: int) -> Signer | None:
+def _signer(state: State, key_id: bytes, holder: KeyHolder) -> Signer | None:
     row: KeyRow | None = state.get((KEY, key_id))
-    if row is None or row.holder != holder:
+    # What a revoked key signed is as good as unsigned, since anybody may have that key.
+    if row is None or row.holder != holder or row.revoked:
         return None
     return Signer(row.name, public_key_from_cose(row.cose_key))
 

@@ -5,7 +5,7 @@ deterministic: they are what a Merkle leaf hashes. Statements of others (registr
 inside as the sealed messages that those signed. Energy is in whole Wh, prices in µ-currency per kWh, times in UTC epoch
 seconds, Wh ranges are half-open `[from_wh, to_wh)` and count from the first Wh of their asset.
 
-Codes 10 and up are free for what comes later (corrections, key rotation, `deliver_set`).
+Codes 15 and up are free for what comes later (`deliver_set`).
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from broker.protocol import cbor
 from broker.protocol.codec import Bytes, Choice, Codec, Many, Name, Row, Unsigned
 from broker.protocol.errors import MalformedMessage
 from broker.protocol.limits import MAX_BATCH_BYTES, MAX_BROKER_MESSAGE_BYTES, MAX_METER_MESSAGE_BYTES
-from broker.protocol.messages import HASH_BYTES, NO_LINE, ORDER_ID_BYTES, PSEUDONYM_BYTES, Carrier
+from broker.protocol.messages import HASH_BYTES, MAX_REGISTRARS, NO_LINE, ORDER_ID_BYTES, PSEUDONYM_BYTES, Carrier
 
 
 class OperationCode(IntEnum):
@@ -34,6 +34,11 @@ class OperationCode(IntEnum):
     DELIVER = 7
     CLOSE = 8
     VOID = 9
+    CORRECT = 10
+    CORRECT_DEMAND = 11
+    ROTATE_KEY = 12
+    REVOKE_KEY = 13
+    SET_VALIDATOR = 14
 
 
 class Window(IntEnum):
@@ -69,6 +74,15 @@ class DeliveredSlice(NamedTuple):
     from_wh: int
     to_wh: int
     line: int
+
+
+class ReturnedSlice(NamedTuple):
+    """The tail `[from_wh, to_wh)` that a delivered slice gives back; the slice itself begins at `slice_from_wh`."""
+
+    asset: AssetId
+    slice_from_wh: int
+    from_wh: int
+    to_wh: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +169,62 @@ class Void:
     order_id: bytes
 
 
-Operation = Register | Admit | MandateOp | EndMandate | Issue | Transfer | Deliver | Close | Void
+@dataclass(frozen=True, slots=True)
+class Correct:
+    """A device's Reading of revision 1 or more, sealed by its meter: what it metered in that interval was another."""
+
+    statement: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CorrectDemand:
+    """The demand behind `pseudonym` has another amount. What was delivered beyond it goes back to the submitter."""
+
+    pseudonym: bytes
+    start_s: int
+    revision: int
+    demanded_wh: int
+    commitment: bytes
+    returned: tuple[ReturnedSlice, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RotateKey:
+    """A sealed KeyRotation, by the key that gives way or by a registrar."""
+
+    statement: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RevokeKey:
+    """A sealed KeyRevocation, by that key, by its holder's current key or by a registrar."""
+
+    statement: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SetValidator:
+    """The same ValidatorChange, sealed by one registrar each."""
+
+    statements: tuple[bytes, ...]
+
+
+Operation = (
+    Register
+    | Admit
+    | MandateOp
+    | EndMandate
+    | Issue
+    | Transfer
+    | Deliver
+    | Close
+    | Void
+    | Correct
+    | CorrectDemand
+    | RotateKey
+    | RevokeKey
+    | SetValidator
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +281,36 @@ class _SliceCodec:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _ReturnedCodec:
+    """A ReturnedSlice as one flat array of seven, like a DeliveredSlice."""
+
+    def encode(self, value: Any) -> Any:
+        asset = value.asset
+        return (
+            asset.device,
+            int(asset.carrier),
+            asset.start_s,
+            asset.revision,
+            value.slice_from_wh,
+            value.from_wh,
+            value.to_wh,
+        )
+
+    def decode(self, data: Any, where: str) -> ReturnedSlice:
+        if type(data) is not list or len(data) != 7:
+            raise MalformedMessage(
+                where, "a returned slice: [device, carrier, start_s, revision, slice_from_wh, from_wh, to_wh]"
+            )
+        *asset, slice_from_wh, from_wh, to_wh = data
+        return ReturnedSlice(
+            _asset_of(asset, where),
+            _WH.decode(slice_from_wh, where),
+            _WH.decode(from_wh, where),
+            _WH.decode(to_wh, where),
+        )
+
+
 def _asset_of(data: list[Any], where: str) -> AssetId:
     if type(data[0]) is not str or type(data[1]) is not int or type(data[2]) is not int or type(data[3]) is not int:
         raise MalformedMessage(where, "an asset: [device, carrier, start_s, revision]")
@@ -233,6 +332,7 @@ _ASSET_ROW: Final = Row((Name(), Choice(Carrier), Unsigned(), _REVISION), AssetI
 _ASSET: Final = _AssetCodec()
 _LINE: Final = Unsigned(maximum=NO_LINE)
 _SLICE: Final = _SliceCodec()
+_RETURNED: Final = _ReturnedCodec()
 
 _BODIES: Final[Mapping[OperationCode, Row]] = {
     OperationCode.REGISTER: Row(_STATEMENT, Register),
@@ -258,6 +358,21 @@ _BODIES: Final[Mapping[OperationCode, Row]] = {
     ),
     OperationCode.CLOSE: Row((Unsigned(), Unsigned(), _REVISION, Unsigned(), _WH, _HASH), Close),
     OperationCode.VOID: Row((Bytes(ORDER_ID_BYTES, ORDER_ID_BYTES),), Void),
+    OperationCode.CORRECT: Row(_STATEMENT, Correct),
+    OperationCode.CORRECT_DEMAND: Row(
+        (
+            Bytes(PSEUDONYM_BYTES, PSEUDONYM_BYTES),
+            Unsigned(),
+            _REVISION,
+            _WH,
+            _HASH,
+            Many(_RETURNED, MAX_SLICES_OF_DELIVERY),
+        ),
+        CorrectDemand,
+    ),
+    OperationCode.ROTATE_KEY: Row(_STATEMENT, RotateKey),
+    OperationCode.REVOKE_KEY: Row(_STATEMENT, RevokeKey),
+    OperationCode.SET_VALIDATOR: Row((Many(_STATEMENT[0], MAX_REGISTRARS, minimum=1),), SetValidator),
 }
 _CODES: Final[Mapping[type, OperationCode]] = {row.into: code for code, row in _BODIES.items()}
 _KINDS: Final[Mapping[int, tuple[str, Row]]] = {int(code): (code.name.lower(), row) for code, row in _BODIES.items()}

@@ -17,7 +17,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from hashlib import sha256
 from typing import Final
 
-from broker.ledger.state import APPLIED, CLOSED, ORDER, OWNED, Key, decode_key, prefix_bounds, scan_bounds, table_bounds
+from broker.ledger.state import (
+    APPLIED,
+    CLOSED,
+    MANDATED,
+    ORDER,
+    OWNED,
+    Key,
+    decode_key,
+    prefix_bounds,
+    scan_bounds,
+    table_bounds,
+)
 from broker.protocol import cbor
 
 NO_DIGEST: Final = bytes(32)
@@ -26,7 +37,7 @@ NO_DIGEST: Final = bytes(32)
 _SPAN_S: Final = 3_600
 """A million meters make some millions of rows an hour, which is what one changed row costs to hash again at most."""
 
-_BY_PARTY: Final = frozenset((OWNED, ORDER, CLOSED, APPLIED))
+_BY_PARTY: Final = frozenset((OWNED, MANDATED, ORDER, CLOSED, APPLIED))
 
 
 def bucket_of(key: Key) -> bytes:

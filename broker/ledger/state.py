@@ -12,6 +12,8 @@ then lie together on disk.
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from hashlib import sha256
+from heapq import merge
+from itertools import islice
 from typing import Any, Final, NamedTuple, Protocol
 
 from broker.ledger.operations import AssetId
@@ -44,11 +46,17 @@ CLOCK: Final = 12
 """(CLOCK, broker) → ClockRow"""
 APPLIED: Final = 13
 """(APPLIED, submitter, not_after_s, batch id) → AppliedRow, kept until the submitter's clock reaches not_after_s"""
+METERED: Final = 14
+"""(METERED, start_s, device, carrier) → MeteredRow, where the asset of revision 0 alone does not say the same"""
+CARRY: Final = 15
+"""(CARRY, device, carrier) → CarryRow, if it is not 0"""
+VALIDATORS: Final = 16
+"""(VALIDATORS, 0) → ValidatorsRow, the only one, from the first change on; before it the genesis says who they are"""
+MANDATED: Final = 17
+"""(MANDATED, broker, start_s, device, carrier, revision) → MandatedRow, where a provider still holds a slice of what
+its own device made under that broker's mandate: an index"""
 
 Key = tuple[Any, ...]
-
-KEY_OF_PARTY: Final = 0
-KEY_OF_DEVICE: Final = 1
 
 
 class PartyRow(NamedTuple):
@@ -57,11 +65,18 @@ class PartyRow(NamedTuple):
 
 
 class KeyRow(NamedTuple):
-    """Whose key this is; `holder` is KEY_OF_PARTY or KEY_OF_DEVICE, whose names do not mix."""
+    """Whose key this is; `holder` is a KeyHolder, as names of parties and devices do not mix.
+
+    A key that gave way to another serves only for intervals that start before `retired_from_s`, and only until the
+    market clock reaches `grace_until_s`. A revoked one serves for nothing.
+    """
 
     holder: int
     name: str
     cose_key: bytes
+    retired_from_s: int | None
+    grace_until_s: int | None
+    revoked: bool
 
 
 class DeviceRow(NamedTuple):
@@ -96,7 +111,7 @@ class Held(NamedTuple):
 
 
 class AssetRow(NamedTuple):
-    """`held` is sorted, disjoint, and adjacent slices of one owner are joined."""
+    """`held` is sorted, disjoint, and adjacent slices of one owner are joined. `deliveries` counts slices delivered."""
 
     source: int
     area: str
@@ -105,18 +120,25 @@ class AssetRow(NamedTuple):
     withdrawn_wh: int
     expired_wh: int
     held: tuple[Held, ...]
+    deliveries: int
 
 
 class SliceRow(NamedTuple):
+    """`sequence` counts the deliveries from one asset: the newest has the highest."""
+
     to_wh: int
     broker: str
     pseudonym: bytes
     demand_start_s: int
     line: int
+    sequence: int
 
 
 class OwnedRow(NamedTuple):
+    """`keeper`: the broker under whose mandate a provider holds what its own device made; None for all else."""
+
     source: int
+    keeper: str | None
 
 
 class DemandRow(NamedTuple):
@@ -124,6 +146,7 @@ class DemandRow(NamedTuple):
     demanded_wh: int
     commitment: bytes
     delivered_wh: int
+    revision: int
 
 
 class TotalRow(NamedTuple):
@@ -145,10 +168,13 @@ class OrderRow(NamedTuple):
 
 
 class ClosedRow(NamedTuple):
+    """`lowered_wh`: by how much corrections of demands have lowered them since."""
+
     revision: int
     demands: int
     demanded_wh: int
     root: bytes
+    lowered_wh: int
 
 
 class ClockRow(NamedTuple):
@@ -158,6 +184,44 @@ class ClockRow(NamedTuple):
 
 
 class AppliedRow(NamedTuple):
+    """Nothing beyond its key."""
+
+
+class MeteredRow(NamedTuple):
+    """What a device metered in an interval according to its last `revision`, and what became of it.
+
+    `high_water_wh` is where the range of the next revision's asset begins, `net_wh` what is issued and not withdrawn
+    over all revisions.
+    """
+
+    revision: int
+    energy_wh: int
+    high_water_wh: int
+    net_wh: int
+
+
+class CarryRow(NamedTuple):
+    """Wh of a device that the next issue adds; negative: that it takes off."""
+
+    energy_wh: int
+
+
+class Validator(NamedTuple):
+    """One node that signs blocks and checkpoints, and its voting power."""
+
+    name: str
+    cose_key: bytes
+    power: int
+
+
+class ValidatorsRow(NamedTuple):
+    """All validators by name, after the change with that sequence."""
+
+    sequence: int
+    validators: tuple[Validator, ...]
+
+
+class MandatedRow(NamedTuple):
     """Nothing beyond its key."""
 
 
@@ -175,6 +239,10 @@ Row = (
     | ClosedRow
     | ClockRow
     | AppliedRow
+    | MeteredRow
+    | CarryRow
+    | ValidatorsRow
+    | MandatedRow
 )
 
 _ROWS: Final[Mapping[int, tuple[int, Any]]] = {
@@ -192,7 +260,14 @@ _ROWS: Final[Mapping[int, tuple[int, Any]]] = {
     CLOSED: (3, ClosedRow),
     CLOCK: (2, ClockRow),
     APPLIED: (4, AppliedRow),
+    METERED: (4, MeteredRow),
+    CARRY: (3, CarryRow),
+    VALIDATORS: (2, ValidatorsRow),
+    MANDATED: (6, MandatedRow),
 }
+
+_SCANNED: Final[Mapping[int, int]] = {APPLIED: 2, OWNED: 2, MANDATED: 2, SLICE: 5}
+"""table: items of the prefix with which it is scanned."""
 
 ABSENT: Final = cbor.encode(None)
 """How a row that does not exist stands in the state hash."""
@@ -238,6 +313,8 @@ def decode_row(table: int, raw: bytes) -> Row:
             items[6] = tuple([Held(*held) for held in items[6]])
         elif table == MANDATES:
             items[0] = tuple([MandateSpan(*span) for span in items[0]])
+        elif table == VALIDATORS:
+            items[1] = tuple([Validator(*validator) for validator in items[1]])
         row: Row = _ROWS[table][1](*items)
     except (TypeError, IndexError, KeyError) as error:
         raise ValueError(f"{raw.hex()} is no row of table {table}") from error
@@ -277,16 +354,22 @@ class State(Protocol):
         """The row under `key`, None if there is none."""
 
     def scan(self, prefix: Key, low: int, high: int) -> Iterator[Key]:
-        """The keys that begin with `prefix` and go on with an integer in [low, high), in no particular order."""
+        """The keys that begin with `prefix` and go on with an integer in [low, high), ascending by their bytes.
+
+        Nothing may be written while it is read.
+        """
 
 
 class Overlay:
     """A state with changes on top: what one batch, or all batches since the last commit, have written."""
 
-    __slots__ = ("_base", "created", "written")
+    __slots__ = ("_base", "_found", "_looked_at", "created", "written")
 
     def __init__(self, base: State) -> None:
         self._base = base
+        # The written keys of tables that are scanned, by prefix: so many of the written ones have been looked at.
+        self._found: dict[Key, list[Key]] = {}
+        self._looked_at = 0
         self.written: dict[Key, Row | None] = {}
         self.created: set[Key] = set()
 
@@ -299,18 +382,23 @@ class Overlay:
         self.written[key] = row
 
     def create(self, key: Key, row: Row) -> None:
-        """Write a row that cannot exist yet, which spares looking for it."""
+        """Write a row that cannot be in the base, which spares looking for it, unless this overlay has deleted it."""
+        if key not in self.written:
+            self.created.add(key)
         self.written[key] = row
-        self.created.add(key)
 
     def scan(self, prefix: Key, low: int, high: int) -> Iterator[Key]:
-        length = len(prefix)
-        for key, row in self.written.items():
-            if row is not None and key[:length] == prefix and low <= key[length] < high:
-                yield key
-        for key in self._base.scan(prefix, low, high):
-            if key not in self.written:
-                yield key
+        written, at = self.written, len(prefix)
+        if self._looked_at < len(written):
+            # Keys are only ever added, at the end; so a batch full of scans looks at each written key once.
+            for key in islice(written, self._looked_at, None):
+                length = _SCANNED.get(key[0])
+                if length is not None:
+                    self._found.setdefault(key[:length], []).append(key)
+            self._looked_at = len(written)
+        mine = [key for key in self._found.get(prefix, ()) if written[key] is not None and low <= key[at] < high]
+        base = (key for key in self._base.scan(prefix, low, high) if key not in written)
+        return merge(sorted(mine, key=encode_key), base, key=encode_key) if mine else base
 
 
 def changes_of(overlay: Overlay, base: State) -> list[tuple[bytes, bytes, bytes]]:

@@ -49,12 +49,13 @@ class Signer:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A verified message, who sent it, its id, and its bytes."""
+    """A verified message, who sent it, its id, its bytes, and the key that it was verified with."""
 
     message: Message
     sender: str
     message_id: bytes
     raw: bytes
+    key_id: bytes
 
 
 KeyLookup = Callable[[bytes], Signer | None]
@@ -135,7 +136,7 @@ def open_envelope(raw: bytes, ledger: str, lookup: KeyLookup, verifies: Signatur
         raise UnknownKey(envelope.key_id)
     identity = verify(envelope, signer, ledger, verifies)
     message = MESSAGE_CLASSES[envelope.message_type].from_payload(envelope.payload)
-    return Opened(message, signer.name, identity, raw)
+    return Opened(message, signer.name, identity, raw, envelope.key_id)
 
 
 @lru_cache(maxsize=4_096)

@@ -21,7 +21,9 @@ class UnknownKey(ProtocolError):
     """A message signed with a key that nobody registered here."""
 
     def __init__(self, key_id: bytes) -> None:
-        super().__init__(f"key {key_id.hex()} is not registered here; register the meter or broker that uses it first")
+        super().__init__(
+            f"key {key_id.hex()} is not registered here, or is revoked; register the meter or party that uses it first"
+        )
         self.key_id = key_id
 
 

@@ -23,6 +23,7 @@ from broker.protocol.codec import (
     decode_fields,
     encode_fields,
 )
+from broker.protocol.keys import KEY_ID_BYTES
 from broker.protocol.limits import (
     MAX_BATCH_BYTES,
     MAX_BLOCK_BYTES,
@@ -37,7 +38,11 @@ HASH_BYTES: Final = 32
 PSEUDONYM_BYTES: Final = 16
 ORDER_ID_BYTES: Final = 16
 REQUEST_ID_BYTES: Final = 8
+MAX_REGISTRARS: Final = 16
+MAX_VALIDATORS: Final = 64
+MAX_VALIDATOR_POWER: Final = 1_000
 _COSE_KEY: Final = Bytes(40, 128)
+_KEY_ID: Final = Bytes(KEY_ID_BYTES, KEY_ID_BYTES)
 _HASH: Final = Bytes(HASH_BYTES, HASH_BYTES)
 _REASON: Final = Text(MAX_REASON_CHARACTERS)
 
@@ -66,6 +71,9 @@ class MessageType(IntEnum):
     ADMISSION = 19
     MANDATE = 20
     END_OF_MANDATE = 21
+    KEY_ROTATION = 22
+    KEY_REVOCATION = 23
+    VALIDATOR_CHANGE = 24
 
 
 class Quality(IntEnum):
@@ -88,6 +96,13 @@ class Role(IntEnum):
 
     BROKER = 1
     PROVIDER = 2
+
+
+class KeyHolder(IntEnum):
+    """Whose key it is: names of parties and of devices do not mix."""
+
+    PARTY = 0
+    DEVICE = 1
 
 
 class ReceiptStatus(IntEnum):
@@ -642,6 +657,72 @@ class EndOfMandate(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class KeyRotation(Message):
+    """A party's or a meter's key gives way to a new one. Signed by the old key itself, or by a registrar.
+
+    The new key serves at once. The old one serves for intervals that start before `from_s`, and until the market clock
+    reaches `grace_until_s`.
+    """
+
+    holder: KeyHolder
+    name: str
+    old_key_id: bytes
+    new_key: bytes
+    from_s: int
+    grace_until_s: int
+
+    TYPE: ClassVar[MessageType] = MessageType.KEY_ROTATION
+    FIELDS: ClassVar[tuple[Field, ...]] = (
+        Field(0, "holder", Choice(KeyHolder)),
+        Field(1, "name", Name()),
+        Field(2, "old_key_id", _KEY_ID),
+        Field(3, "new_key", _COSE_KEY),
+        Field(4, "from_s", Unsigned()),
+        Field(5, "grace_until_s", Unsigned()),
+    )
+    MAX_BYTES: ClassVar[int] = MAX_METER_MESSAGE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRevocation(Message):
+    """Nothing that this key signed counts any more. Signed by that key, by its holder's current key or a registrar."""
+
+    holder: KeyHolder
+    name: str
+    key_id: bytes
+
+    TYPE: ClassVar[MessageType] = MessageType.KEY_REVOCATION
+    FIELDS: ClassVar[tuple[Field, ...]] = (
+        Field(0, "holder", Choice(KeyHolder)),
+        Field(1, "name", Name()),
+        Field(2, "key_id", _KEY_ID),
+    )
+    MAX_BYTES: ClassVar[int] = MAX_METER_MESSAGE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class ValidatorChange(Message):
+    """A validator comes, gets another key or power, or goes (power 0). Signed by registrars, one message each.
+
+    `sequence` counts the changes of the whole set: the first is 1, each one more than the last.
+    """
+
+    name: str
+    key: bytes
+    power: int
+    sequence: int
+
+    TYPE: ClassVar[MessageType] = MessageType.VALIDATOR_CHANGE
+    FIELDS: ClassVar[tuple[Field, ...]] = (
+        Field(0, "name", Name()),
+        Field(1, "key", _COSE_KEY),
+        Field(2, "power", Unsigned(MAX_VALIDATOR_POWER)),
+        Field(3, "sequence", Unsigned(minimum=1)),
+    )
+    MAX_BYTES: ClassVar[int] = MAX_METER_MESSAGE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
 class NamedKey:
     """A party's name and its COSE_Key."""
 
@@ -676,8 +757,8 @@ class Genesis:
         Field(4, "correction_deadline_s", Unsigned()),
         Field(5, "currency", Text(3)),
         Field(6, "areas", Many(Name(), 64, minimum=1)),
-        Field(7, "registrars", Many(Row((Name(), _COSE_KEY), NamedKey), 16, minimum=1)),
-        Field(8, "validators", Many(Row((Name(), _COSE_KEY), NamedKey), 64, minimum=1)),
+        Field(7, "registrars", Many(Row((Name(), _COSE_KEY), NamedKey), MAX_REGISTRARS, minimum=1)),
+        Field(8, "validators", Many(Row((Name(), _COSE_KEY), NamedKey), MAX_VALIDATORS, minimum=1)),
         Field(9, "simulated", Boolean()),
         Field(10, "conductor", Row((Name(), _COSE_KEY), NamedKey), optional=True),
     )
@@ -748,5 +829,8 @@ MESSAGE_CLASSES: Final[dict[MessageType, type[Message]]] = {
         Admission,
         Mandate,
         EndOfMandate,
+        KeyRotation,
+        KeyRevocation,
+        ValidatorChange,
     )
 }

@@ -19,6 +19,8 @@ from broker.ledger.operations import (
     Admit,
     AssetId,
     Close,
+    Correct,
+    CorrectDemand,
     Deliver,
     DeliveredSlice,
     EndMandate,
@@ -26,6 +28,10 @@ from broker.ledger.operations import (
     MandateOp,
     Operation,
     Register,
+    ReturnedSlice,
+    RevokeKey,
+    RotateKey,
+    SetValidator,
     Transfer,
     Window,
     encode_operation,
@@ -39,6 +45,9 @@ from broker.protocol.messages import (
     Carrier,
     EndOfMandate,
     Genesis,
+    KeyHolder,
+    KeyRevocation,
+    KeyRotation,
     Mandate,
     Message,
     NamedKey,
@@ -47,6 +56,7 @@ from broker.protocol.messages import (
     Reading,
     Registration,
     Role,
+    ValidatorChange,
 )
 from broker.protocol.sources import Source
 
@@ -100,9 +110,12 @@ def admit(
     capacity_w: int = CAPACITY_W,
     by: str = "registrar",
     meter_key: str | None = None,
+    commissioned_s: int = 0,
 ) -> Admit:
     meter = key(meter_key or device).public.cose_key
-    return Admit(seal(Admission(device, owner, meter, source, Carrier.ELECTRICITY, capacity_w, area, "a roof", 0), by))
+    place = "a roof"
+    said = Admission(device, owner, meter, source, Carrier.ELECTRICITY, capacity_w, area, place, commissioned_s)
+    return Admit(seal(said, by))
 
 
 def mandate(
@@ -132,8 +145,15 @@ def issue(device: str, energy_wh: int, start_s: int = T0, by: str | None = None,
     return Issue(seal(reading(device, energy_wh, start_s, **changes), by or device))
 
 
-def asset(device: str, start_s: int = T0) -> AssetId:
-    return AssetId(device, Carrier.ELECTRICITY, start_s, 0)
+def correct(
+    device: str, energy_wh: int, revision: int = 1, start_s: int = T0, with_key: str | None = None, **changes: Any
+) -> Correct:
+    said = reading(device, energy_wh, start_s, revision=revision, **changes)
+    return Correct(seal(said, device, with_key=with_key))
+
+
+def asset(device: str, start_s: int = T0, revision: int = 0) -> AssetId:
+    return AssetId(device, Carrier.ELECTRICITY, start_s, revision)
 
 
 def take(
@@ -196,9 +216,61 @@ def close(start_s: int = T0, **changes: Any) -> Close:
     return Close(**(values | changes))
 
 
-def batch(*operations: Operation, by: str = "b1", not_after_s: int = T0 + 86_400) -> bytes:
+def correct_demand(
+    number: int,
+    demanded_wh: int,
+    *returned: tuple[str, int, int, int],
+    revision: int = 1,
+    start_s: int = T0,
+    commitment: bytes = COMMITMENT,
+) -> CorrectDemand:
+    """`returned` as (device, begin of the slice, from, to) of the same interval."""
+    slices = tuple(ReturnedSlice(asset(device, start_s), *item) for device, *item in returned)
+    return CorrectDemand(pseudonym(number), start_s, revision, demanded_wh, commitment, slices)
+
+
+def rotate(
+    name: str,
+    new_key: str,
+    old_key: str | None = None,
+    by: str | None = None,
+    with_key: str | None = None,
+    **changes: Any,
+) -> RotateKey:
+    """The key `old_key` of a party (or a device: `holder`) gives way to `new_key` from the first interval on."""
+    values: dict[str, Any] = {
+        "holder": KeyHolder.PARTY,
+        "name": name,
+        "old_key_id": key(old_key or name).public.key_id,
+        "new_key": key(new_key).public.cose_key,
+        "from_s": T0 + INTERVAL_S,
+        "grace_until_s": T0 + 2 * INTERVAL_S,
+    }
+    return RotateKey(seal(KeyRotation(**(values | changes)), by or name, with_key=with_key or by or old_key or name))
+
+
+def revoke(
+    name: str,
+    revoked: str | None = None,
+    by: str | None = None,
+    with_key: str | None = None,
+    holder: KeyHolder = KeyHolder.PARTY,
+) -> RevokeKey:
+    said = KeyRevocation(holder, name, key(revoked or name).public.key_id)
+    return RevokeKey(seal(said, by or name, with_key=with_key or by or revoked or name))
+
+
+def set_validator(
+    name: str, power: int, sequence: int = 1, by: tuple[str, ...] = ("registrar",), validator_key: str | None = None
+) -> SetValidator:
+    change = ValidatorChange(name, key(validator_key or name).public.cose_key, power, sequence)
+    return SetValidator(tuple(seal(change, registrar) for registrar in by))
+
+
+def batch(*operations: Operation, by: str = "b1", not_after_s: int = T0 + 86_400, with_key: str | None = None) -> bytes:
     """A sealed batch."""
-    return seal(Batch(not_after_s, tuple(encode_operation(operation) for operation in operations)), by)
+    encoded = tuple(encode_operation(operation) for operation in operations)
+    return seal(Batch(not_after_s, encoded), by, with_key=with_key)
 
 
 SET_UP: tuple[bytes, ...] = (
@@ -233,10 +305,17 @@ class World:
     """Rules over a state in memory."""
 
     step: Step = field(default_factory=lambda: Step(Nothing(), CHARTER, first_head(GENESIS)))
+    charter: Charter = CHARTER
 
     @classmethod
-    def set_up(cls) -> "World":
-        world = cls()
+    def founded_on(cls, founded: Genesis) -> "World":
+        """An empty ledger with another genesis."""
+        charter = charter_of(founded)
+        return cls(Step(Nothing(), charter, first_head(founded)), charter)
+
+    @classmethod
+    def set_up(cls, founded: Genesis = GENESIS) -> "World":
+        world = cls.founded_on(founded)
         for raw in SET_UP:
             world.apply_raw(raw)
         return world
@@ -246,13 +325,15 @@ class World:
         return self.step.state
 
     def apply_raw(self, raw: bytes) -> OpenedBatch:
-        opened = open_batch(raw, self.step.state, CHARTER)
+        opened = open_batch(raw, self.step.state, self.charter)
         self.step.apply(opened)
         return opened
 
-    def apply(self, *operations: Operation, by: str = "b1", not_after_s: int = T0 + 86_400) -> OpenedBatch:
+    def apply(
+        self, *operations: Operation, by: str = "b1", not_after_s: int = T0 + 86_400, with_key: str | None = None
+    ) -> OpenedBatch:
         """Apply one batch; raises what the rules raise."""
-        return self.apply_raw(batch(*operations, by=by, not_after_s=not_after_s))
+        return self.apply_raw(batch(*operations, by=by, not_after_s=not_after_s, with_key=with_key))
 
     def get(self, *key: Any) -> Any:
         return self.step.state.get(key)

@@ -518,7 +518,7 @@ def test_a_hundred_thousand_holdings_cost_the_gateway_one_page_of_memory(net: Ne
         asset = AssetId(device, Carrier.ELECTRICITY, start_s, 0)
         values: dict[str, Any] = {"source": 1, "area": "north", "issued_wh": 100, "held": (Held(0, 100, "b1"),)}
         made[asset_key(asset)] = AssetRow(**(dict.fromkeys(AssetRow._fields, 0) | values))
-        made[OWNED, "b1", start_s, device, int(Carrier.ELECTRICITY), 0] = OwnedRow(1)
+        made[OWNED, "b1", start_s, device, int(Carrier.ELECTRICITY), 0] = OwnedRow(1, None)
     encoded: dict[bytes, bytes | None] = {encode_key(key_): encode_row(row) for key_, row in made.items()}
     net.engine._store.write(encoded, {}, [], [], net.engine.head, [])
     found_assets: set[bytes] = set()

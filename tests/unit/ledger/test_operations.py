@@ -10,6 +10,8 @@ from broker.ledger.operations import (
     Admit,
     AssetId,
     Close,
+    Correct,
+    CorrectDemand,
     Deliver,
     DeliveredSlice,
     EndMandate,
@@ -18,6 +20,10 @@ from broker.ledger.operations import (
     Operation,
     OperationCode,
     Register,
+    ReturnedSlice,
+    RevokeKey,
+    RotateKey,
+    SetValidator,
     Transfer,
     Void,
     Window,
@@ -36,8 +42,12 @@ asset_ids = st.builds(AssetId, names, st.just(Carrier.ELECTRICITY), numbers, rev
 hashes = st.binary(min_size=32, max_size=32)
 pseudonyms = st.binary(min_size=16, max_size=16)
 slices = st.builds(DeliveredSlice, asset_ids, numbers, numbers, st.integers(0, 255))
+returned = st.builds(ReturnedSlice, asset_ids, numbers, numbers, numbers)
 any_operation: st.SearchStrategy[Operation] = st.one_of(
-    *(st.builds(kind, statements) for kind in (Register, Admit, MandateOp, EndMandate, Issue)),
+    *(
+        st.builds(kind, statements)
+        for kind in (Register, Admit, MandateOp, EndMandate, Issue, Correct, RotateKey, RevokeKey)
+    ),
     st.builds(Transfer, asset_ids, numbers, numbers, names, names, numbers, st.none() | statements),
     st.builds(
         Deliver,
@@ -52,6 +62,10 @@ any_operation: st.SearchStrategy[Operation] = st.one_of(
     ),
     st.builds(Close, numbers, numbers, revisions, numbers, numbers, hashes),
     st.builds(Void, pseudonyms),
+    st.builds(
+        CorrectDemand, pseudonyms, numbers, revisions, numbers, hashes, st.lists(returned, max_size=5).map(tuple)
+    ),
+    st.builds(SetValidator, st.lists(statements, min_size=1, max_size=16).map(tuple)),
 )
 
 
@@ -90,7 +104,12 @@ def test_changed_bytes_are_refused_or_are_another_operation(operation: Operation
         ([7, [b"p" * 16, 0, 1, 0, "n", True, b"c" * 32, []]], "deliver.demanded_wh"),
         ([7, [b"p" * 16, 0, 1, 0, "n", 5.0, b"c" * 32, []]], "deliver.demanded_wh"),
         ([9, [b"o" * 16, 1]], "void"),
-        ([10, [b"o" * 16]], "operation"),
+        ([11, [b"p" * 16, 0, 1, 5, b"c" * 32, [["d", 0, 0, 0, 0, 2]]]], "correct_demand.returned"),
+        ([11, [b"p" * 16, 0, 1, 5, b"c" * 32, [["d", 0, 0, 0, 0, -1, 2]]]], "correct_demand.returned"),
+        ([11, [b"p" * 16, 0, 65_536, 5, b"c" * 32, []]], "correct_demand.revision"),
+        ([14, [[]]], "set_validator.statements"),
+        ([14, [[b"s"] * 17]], "set_validator.statements"),
+        ([15, [b"o" * 16]], "operation"),
         ([True, [b"s"]], "operation"),
         ({}, "operation"),
     ],

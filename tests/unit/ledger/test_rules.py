@@ -35,7 +35,8 @@ from broker.ledger import state as rows
 from broker.ledger.faults import Fault, LedgerInvariantBroken, RuleViolation
 from broker.ledger.opening import charter_of, open_batch
 from broker.ledger.operations import Operation, Transfer, Void, Window
-from broker.ledger.rules import _month_of, apply_batch
+from broker.ledger.rules import apply_batch
+from broker.ledger.rules.delivery import _month_of
 from broker.ledger.state import Held, Overlay, TotalRow
 from broker.protocol.errors import BadSignature, MalformedMessage, UnknownKey
 from broker.protocol.messages import Role
@@ -216,19 +217,28 @@ def test_a_brokers_first_batch_carries_its_registration() -> None:
     world.apply(Void(b"o" * 16), by="b3")
 
 
-def test_a_provider_cannot_submit_even_with_its_own_registration() -> None:
+def test_a_provider_introduces_itself_and_submits_its_own_readings() -> None:
     world = World.set_up()
+    world.apply(register("carol", Role.PROVIDER), admit("hydro-1", owner="carol", source=Source.HYDRO), by="carol")
+    raw = batch(issue("hydro-1", 700), by="carol")
+    opened = world.apply_raw(raw)
+    assert held(world, "hydro-1") == (Held(0, 700, "carol"),)
+    asked = order(source=Source.HYDRO, path=("b2", "carol"))
+    world.apply(Transfer(asset("hydro-1"), 0, 300, "carol", "b2", 100, seal(asked, "b2")), by="carol")
+    assert held(world, "hydro-1") == (Held(0, 300, "b2"), Held(300, 700, "carol"))
+    world.apply(close())
+    assert world.get(rows.APPLIED, "carol", T0 + 86_400, opened.batch_id) is not None, "it has no clock that moves"
     with pytest.raises(RuleViolation) as caught:
-        world.apply(register("carol", Role.PROVIDER), by="carol")
-    assert caught.value.code is Fault.NOT_A_BROKER
+        world.apply_raw(raw)
+    assert caught.value.code is Fault.ALREADY_APPLIED
 
 
 def test_a_batch_is_checked_with_the_key_that_is_registered_when_it_is_applied() -> None:
     world = World.set_up()
     opened = open_batch(batch(Void(b"o" * 16)), world.state, CHARTER)
     with pytest.raises(RuleViolation) as caught:
-        apply_batch(Overlay(world.state), CHARTER, replace(opened, sender_key=b"other"))
-    assert caught.value.code is Fault.NOT_A_BROKER
+        apply_batch(Overlay(world.state), CHARTER, replace(opened, key_id=b"other"))
+    assert caught.value.code is Fault.NOT_REGISTERED
 
 
 def test_forged_batches_are_not_of_anyone() -> None:

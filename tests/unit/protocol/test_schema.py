@@ -24,10 +24,16 @@ from broker.ledger.holding import Holding, decode_holding, encode_holding
 from broker.ledger.operations import (
     AssetId,
     Close,
+    Correct,
+    CorrectDemand,
     Deliver,
     DeliveredSlice,
     Issue,
     Register,
+    ReturnedSlice,
+    RevokeKey,
+    RotateKey,
+    SetValidator,
     Transfer,
     Void,
     Window,
@@ -159,6 +165,12 @@ OPERATIONS = [
     Deliver(bytes(16), 0, 1800, Window.MONTH, "north", 5, bytes(32), ()),
     Close(0, 1800, 0, 3, 500, bytes(32)),
     Void(bytes(16)),
+    Correct(b"statement"),
+    CorrectDemand(bytes(16), 0, 1, 5, bytes(32), (ReturnedSlice(ASSET, 0, 3, 5),) * 2),
+    CorrectDemand(bytes(16), 0, 1, 5, bytes(32), ()),
+    RotateKey(b"statement"),
+    RevokeKey(b"statement"),
+    SetValidator((b"statement", b"another")),
 ]
 
 
@@ -191,8 +203,16 @@ def test_codec_and_cddl_agree_on_holdings_and_mutated_ones(data: st.DataObject) 
 def test_asyncapi_names_every_message_once_with_its_type_rule_and_limit() -> None:
     described = asyncapi()["components"]["messages"]
     on_topics = {name for channel in asyncapi()["channels"].values() for name in channel["messages"]}
-    # These four travel inside batches only.
-    inside = {MessageType.REGISTRATION, MessageType.ADMISSION, MessageType.MANDATE, MessageType.END_OF_MANDATE}
+    # These travel inside batches only.
+    inside = {
+        MessageType.REGISTRATION,
+        MessageType.ADMISSION,
+        MessageType.MANDATE,
+        MessageType.END_OF_MANDATE,
+        MessageType.KEY_ROTATION,
+        MessageType.KEY_REVOCATION,
+        MessageType.VALIDATOR_CHANGE,
+    }
     expected = {
         message_class.__name__: (rule_of(message_class), int(message_type), message_class.MAX_BYTES)
         for message_type, message_class in MESSAGE_CLASSES.items()
