@@ -6,6 +6,7 @@ checked, flushed to the disk and only then given its name, so a file of that nam
 """
 
 import os
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,3 +85,22 @@ def flush_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """A directory that gets the name `out` when all went well, and is gone otherwise. Raises CopyError."""
+    if out.exists():
+        raise CopyError(f"{out} exists already; a backup never replaces anything, give another name")
+    partial = out.with_name(out.name + ".partial")
+    try:
+        # Left over from a copy that was killed; nothing but copies has this name.
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True, mode=0o700)
+        yield partial
+        partial.rename(out)
+        flush_directory(out.parent)
+    except (OSError, sqlite3.Error) as error:
+        raise CopyError(f"{out} cannot be written: {error}; free disk space, or check the disk") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

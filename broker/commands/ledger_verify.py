@@ -44,6 +44,12 @@ def _ledger_verify(options: argparse.Namespace) -> int:
         print(f"{options.resume}: went on from height {report.resumed_height}", file=sys.stderr)
     for error in report.errors:
         print(f"{options.path}: {error}", file=sys.stderr)
+    if report.base_height:
+        print(
+            f"{options.path}: it began with a snapshot of height {report.base_height} and was verified from there on;"
+            " what was before takes a copy with all blocks",
+            file=sys.stderr,
+        )
     verdict = "all of it holds" if report.ok else f"{len(report.errors)} faults; restore it from a copy that verifies"
     print(
         f"{options.path}: ledger {report.ledger}, height {report.height}, head {report.block_id.hex()},"

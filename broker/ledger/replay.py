@@ -108,6 +108,11 @@ class Replay:
         return replay
 
     @classmethod
+    def begun_at(cls, genesis: Genesis, rows: Store, head: Head, helpers: Helpers) -> "Replay":
+        """A replay from the height of a snapshot, which `rows` has been filled from. No later run goes on from it."""
+        return cls(genesis, rows, replace(first_mark(genesis), head=head), False, helpers)
+
+    @classmethod
     def resumed(cls, genesis: Genesis, file: Path, stored: Store, helpers: Helpers) -> "Replay":
         """Go on with the file of an earlier run, once what it rests on is checked. Raises CannotResume."""
         try:

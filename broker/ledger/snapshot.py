@@ -29,8 +29,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from broker.database_copy import flush_directory, flush_file
-from broker.ledger.backup import new_directory
+from broker.database_copy import flush_directory, flush_file, new_directory
 from broker.ledger.books import book_faults
 from broker.ledger.chain import Head, block_id_of, genesis_hash, validators_of
 from broker.ledger.merkle import peak_positions

@@ -4,6 +4,9 @@ The history is replayed into a second ledger file (`replay`), with the same rule
 stored results. Then every stored row, the index of batches, the head and the file's own schema are compared with the
 derived ones. Memory stays bounded, however long the history is.
 
+A ledger that was restored from a snapshot has no blocks before it. There the replay begins with the snapshot, which is
+checked as on restoring, and the report says from which height on the ledger was verified.
+
 What it cannot know is whether the history goes on: a copy cut off after a whole block is a sound, shorter ledger.
 Compare the reported height and block id with a checkpoint that others have seen.
 """
@@ -20,12 +23,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from broker.ledger.chain import Head, genesis_hash, validators_of
+from broker.ledger.merkle import nodes_in
 from broker.ledger.opening import charter_of
 from broker.ledger.receipts import SignedHead, verify_checkpoint, verify_signed_root
 from broker.ledger.replay import CannotResume, HistoryFault, Replay, first_mark
 from broker.ledger.signatures import MAX_HELPERS, Helpers
+from broker.ledger.snapshot import BASE_FILE_NAME, Manifest, load_snapshot
 from broker.ledger.state import decode_key
-from broker.ledger.store import FILE_NAME, FORMAT, NETWORK, SIGNED_HEAD, LedgerError, Store
+from broker.ledger.store import BASE, FILE_NAME, FORMAT, NETWORK, SIGNED_HEAD, LedgerError, Store
 from broker.ledger.trust import Trust
 from broker.ledger.wal import log_faults
 from broker.protocol.errors import ProtocolError
@@ -45,6 +50,7 @@ _HELP_FROM_BYTES: Final = 4 * 2**20
 class VerifyReport:
     """What was checked, and what is wrong. `genesis_hash` and `block_id` are for comparing with what others hold.
 
+    `base_height` is the height of the snapshot that the ledger began with: 0, unless it was restored from one.
     `resumed_height` is the height up to which an earlier run had checked the blocks, 0 if this one checked all.
     `started_over` says why what an earlier run left was of no use, None if it was, or if there was none.
     """
@@ -59,6 +65,7 @@ class VerifyReport:
     operations: int
     rows: int
     errors: tuple[str, ...]
+    base_height: int
     resumed_height: int
     started_over: str | None
 
@@ -106,7 +113,8 @@ def verify_ledger(
         signatures = Helpers(path, _helpers_for(path) if helpers is None else helpers)
         try:
             with _work_directory(resume) as work:
-                check = _Verification(store, genesis, errors, signatures, progress or (lambda _: None))
+                base = path / BASE_FILE_NAME
+                check = _Verification(store, base, genesis, errors, signatures, progress or (lambda _: None))
                 return check.run(work / WORK_FILE_NAME, keep=resume is not None)
         finally:
             signatures.close()
@@ -151,12 +159,15 @@ class _Verification:
     def __init__(
         self,
         stored: Store,
+        base: Path,
         genesis: Genesis,
         errors: list[str],
         helpers: Helpers,
         progress: Callable[[Progress], None],
     ) -> None:
         self._stored = stored
+        self._base_file = base
+        self._base: Manifest | None = None
         self._genesis = genesis
         self._errors = errors
         self._helpers = helpers
@@ -168,7 +179,8 @@ class _Verification:
         try:
             with self._stored.snapshot():
                 self._errors += [f"SQLite: {fault}" for fault in self._stored.integrity_faults()]
-                if keep and work.exists():
+                base = self._stored.meta(BASE)
+                if base is None and keep and work.exists():
                     try:
                         replay = Replay.resumed(self._genesis, work, self._stored, self._helpers)
                         resumed_height = replay.mark.head.height
@@ -177,7 +189,10 @@ class _Verification:
                 if replay is None:
                     for file in work.parent.glob(work.name + "*"):
                         file.unlink()
-                    replay = Replay.begun(self._genesis, work, keep, self._helpers)
+                    if base is None:
+                        replay = Replay.begun(self._genesis, work, keep, self._helpers)
+                    else:
+                        replay = self._begun_with_snapshot(base, work)
                 self._check(replay)
         except HistoryFault as fault:
             self._errors.append(str(fault))
@@ -198,9 +213,26 @@ class _Verification:
             mark.operations,
             self._rows,
             tuple(self._errors[:MAX_ERRORS]),
+            0 if self._base is None else self._base.head.height,
             resumed_height,
             started_over,
         )
+
+    def _begun_with_snapshot(self, digest: bytes, work: Path) -> Replay:
+        """Begin with the rows of the snapshot that the ledger was restored from. Raises HistoryFault, sqlite3.Error."""
+        try:
+            base = load_snapshot(self._base_file, work)
+        except LedgerError as error:
+            raise HistoryFault(f"the snapshot that it began with: {error.reason}") from error
+        if base.digest != digest or base.genesis != self._genesis:
+            raise HistoryFault("the snapshot that it began with is another one than is on record")
+        self._base = base
+        replay = Replay.begun_at(self._genesis, Store.open(work, durable=False), base.head, self._helpers)
+        # Of what was before the snapshot the file holds its last block and the peaks of the tree, and nothing else.
+        self._compare("block", _by_height(self._stored, base.head), _by_height(replay.rows, base.head), str)
+        end = nodes_in(base.head.tree_size)
+        self._compare("Merkle nodes", iter(self._stored.node_rows(0, end)), iter(replay.rows.node_rows(0, end)), str)
+        return replay
 
     def _check(self, replay: Replay) -> None:
         stored, derived = self._stored, replay.rows
@@ -211,6 +243,9 @@ class _Verification:
             self._complain,
         )
         meta = {"format": bytes((FORMAT,)), "genesis": self._genesis.to_bytes(), "head": replay.mark.head.to_bytes()}
+
+        if self._base is not None:
+            meta[BASE] = self._base.digest
 
         def rows_compared(count: int) -> None:
             self._rows += count
@@ -274,6 +309,11 @@ class _Verification:
                 left, right = next(stored, None), next(derived, None)
             else:
                 return
+
+
+def _by_height(store: Store, head: Head) -> Iterator[tuple[int, tuple[bytes, bytes]]]:
+    """The stored blocks up to a head."""
+    return ((height, (block_id, raw)) for height, block_id, raw in store.blocks(upto=head.height))
 
 
 def _ascending(one: Any, other: Any) -> bool:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from broker.config import BrokerConfig
-from broker.database_copy import CopyError, copy_database, reading
-from broker.ledger.backup import copy_ledger, new_directory
+from broker.database_copy import CopyError, copy_database, new_directory, reading
+from broker.ledger.backup import copy_ledger
 from broker.ledger.chain import Head
 from broker.ledger.store import FILE_NAME
 from broker.ledger.verify import VerifyReport

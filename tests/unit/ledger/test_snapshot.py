@@ -2,6 +2,7 @@
 
 import sqlite3
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,18 @@ from support.ledger_world import (
     counting_bytes,
     deliver,
     found,
+    genesis,
     issue,
     key,
     order,
+    seal,
     sell,
     take,
 )
 
+from broker import cli
 from broker.ledger import snapshot as snapshots
+from broker.ledger.backup import backup_ledger
 from broker.ledger.books import book_faults
 from broker.ledger.client import LedgerClient, LedgerFault
 from broker.ledger.embedded import EmbeddedLedger
@@ -44,7 +49,9 @@ from broker.ledger.snapshot import (
 )
 from broker.ledger.state import ASSET, DEMAND, OWNED, SLICE, TOTAL, decode_key
 from broker.ledger.store import FILE_NAME, LedgerError, Store
+from broker.ledger.verify import verify_ledger
 from broker.protocol import cbor
+from broker.protocol.messages import NamedKey
 from broker.protocol.topics import Topics
 
 STARTS = [T0 + number * INTERVAL_S for number in range(4)]
@@ -58,15 +65,9 @@ def ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Embedded
     for device in ("solar-1", "wind-1"):
         commit(engine, *(batch(issue(device, 300, start), take(device, 0, 300, start_s=start)) for start in STARTS))
     commit(engine, *(batch(deliver(7, 90, ("solar-1", 0, 60), ("wind-1", 10, 40), start_s=start)) for start in STARTS))
-    commit(engine, batch(sell("solar-1", 100, 150, _sealed_order())), batch(close()))
+    commit(engine, batch(sell("solar-1", 100, 150, seal(order(), "b2"))), batch(close()))
     yield engine
     engine.close()
-
-
-def _sealed_order() -> bytes:
-    from support.ledger_world import seal
-
-    return seal(order(), "b2")
 
 
 def commit(engine: EmbeddedLedger, *raws: bytes) -> None:
@@ -290,8 +291,6 @@ def test_a_manifest_that_says_something_else_is_refused(
 
 
 def test_another_head_than_the_sealed_block_has_is_refused(ledger: EmbeddedLedger, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     take_snapshot(tmp_path / "ledger", tmp_path / "file")
     for change, fault in (
         ({"block_id": bytes(32)}, "another one than its head names"),
@@ -308,10 +307,6 @@ def test_another_head_than_the_sealed_block_has_is_refused(ledger: EmbeddedLedge
 
 
 def test_a_block_that_no_validator_sealed_is_refused(ledger: EmbeddedLedger, tmp_path: Path) -> None:
-    from support.ledger_world import genesis
-
-    from broker.protocol.messages import NamedKey
-
     take_snapshot(tmp_path / "ledger", tmp_path / "file")
     others = genesis(validators=(NamedKey("node", key("stranger").public.cose_key),))
     altered(tmp_path / "file", tmp_path / "altered", lambda rows: None, genesis=others)
@@ -383,3 +378,78 @@ def test_the_books_of_a_sound_ledger_balance(ledger: EmbeddedLedger, tmp_path: P
     store.close()
     assert len(list(assets(tmp_path / "ledger"))) == 8
     assert not (tmp_path / "ledger" / BASE_FILE_NAME).exists()
+
+
+# Verifying a ledger that began with a snapshot
+
+
+def restored_and_gone_on(ledger: EmbeddedLedger, tmp_path: Path) -> Path:
+    take_snapshot(tmp_path / "ledger", tmp_path / "file")
+    restore_snapshot(tmp_path / "file", tmp_path / "restored")
+    restored = found(tmp_path / "restored")
+    commit(restored, batch(deliver(8, 90, ("solar-1", 150, 200), start_s=T0)))
+    commit(restored, batch(close(STARTS[1])))
+    restored.close()
+    return tmp_path / "restored"
+
+
+def test_a_restored_ledger_is_verified_from_the_snapshot_on_and_says_so(
+    ledger: EmbeddedLedger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = restored_and_gone_on(ledger, tmp_path)
+    report = verify_ledger(path)
+    assert report.errors == ()
+    assert (report.base_height, report.height, report.batches) == (ledger.height, ledger.height + 2, 2)
+    assert cli.main(["ledger", "verify", str(path)]) == 0
+    said = capsys.readouterr()
+    assert f"began with a snapshot of height {ledger.height} and was verified from there on" in said.err
+    assert verify_ledger(tmp_path / "ledger").base_height == 0
+
+
+@pytest.mark.parametrize(
+    ("statement", "fault"),
+    [
+        ("DELETE FROM state WHERE key = (SELECT max(key) FROM state)", "missing"),
+        ("UPDATE meta SET value = zeroblob(32) WHERE name = 'base'", "another one than is on record"),
+        ("DELETE FROM nodes WHERE first = (SELECT min(first) FROM nodes)", "Merkle nodes"),
+        ("DELETE FROM blocks WHERE height = (SELECT min(height) FROM blocks)", "block"),
+        ("DELETE FROM blocks WHERE height = (SELECT min(height) + 1 FROM blocks)", "is missing"),
+        ("INSERT INTO blocks SELECT 1, block_id, raw FROM blocks LIMIT 1", "block"),
+        ("DELETE FROM batches WHERE batch_id = (SELECT max(batch_id) FROM batches)", "batch"),
+        ("DELETE FROM meta WHERE name = 'base'", "is missing"),
+    ],
+)
+def test_what_is_altered_in_a_restored_ledger_is_found(
+    ledger: EmbeddedLedger, tmp_path: Path, statement: str, fault: str
+) -> None:
+    path = restored_and_gone_on(ledger, tmp_path)
+    with sqlite3.connect(path / FILE_NAME) as database:
+        assert database.execute(statement).rowcount == 1
+    database.close()
+    assert fault in "\n".join(verify_ledger(path).errors)
+
+
+def test_without_the_snapshot_a_restored_ledger_cannot_be_verified(ledger: EmbeddedLedger, tmp_path: Path) -> None:
+    path = restored_and_gone_on(ledger, tmp_path)
+    (path / BASE_FILE_NAME).unlink()
+    (error,) = verify_ledger(path).errors
+    assert "the snapshot that it began with" in error
+
+
+def test_a_backup_of_a_restored_ledger_has_its_snapshot(ledger: EmbeddedLedger, tmp_path: Path) -> None:
+    path = restored_and_gone_on(ledger, tmp_path)
+    assert backup_ledger(path, tmp_path / "copy").ok
+    assert (tmp_path / "copy" / BASE_FILE_NAME).read_bytes() == (path / BASE_FILE_NAME).read_bytes()
+
+
+def test_the_commands_take_and_restore(
+    ledger: EmbeddedLedger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["ledger", "snapshot", str(tmp_path / "ledger"), "--out", str(tmp_path / "file")]) == 0
+    digest = capsys.readouterr().out.rsplit("rows digest ", 1)[1].strip()
+    restore = ["ledger", "restore", str(tmp_path / "file"), "--path", str(tmp_path / "restored"), "--rows-digest"]
+    assert cli.main([*restore, "nonsense"]) == 2
+    assert cli.main([*restore, digest[2:] + "00"]) == 1
+    assert cli.main([*restore, digest]) == 0
+    assert f"The blocks before height {ledger.height} are not in it" in capsys.readouterr().out
+    assert cli.main([*restore, digest]) == 1, "a directory is never replaced"
