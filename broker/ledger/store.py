@@ -248,6 +248,11 @@ class Store:
         ).fetchone()
         return found
 
+    def block(self, height: int) -> bytes | None:
+        """The sealed block of that height, None if there is none."""
+        found = self._db.execute("SELECT raw FROM blocks WHERE height = ?", (height,)).fetchone()
+        return None if found is None else found[0]
+
     def height_of(self, batch_id: bytes) -> int | None:
         """The height of the block that carries this batch, None if there is none."""
         found = self._db.execute("SELECT height FROM batches WHERE batch_id = ?", (batch_id,)).fetchone()

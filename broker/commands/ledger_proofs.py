@@ -1,0 +1,136 @@
+"""`energy-broker ledger checkpoint`, `prove` and `check-proof`: proofs made from a ledger, and checked without it."""
+
+import argparse
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from broker.commands.common import DONE, add_command
+from broker.ledger.proofs import OperationsProof, Proof, read_proof
+from broker.ledger.trust import Trust, read_trust, trust_of
+from broker.protocol.messages import Checkpoint, Genesis
+from firmware_config.loader import WrongValue
+
+if TYPE_CHECKING:
+    from broker.ledger.proving import Prover
+
+
+def add_commands(group: Any) -> None:
+    checkpoint = add_command(
+        group, "checkpoint", "Write the signed head of a ledger, to compare with others or later.", _checkpoint
+    )
+    checkpoint.add_argument("path", type=Path, metavar="PATH", help="the ledger's directory")
+    checkpoint.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write it")
+    prove = add_command(
+        group, "prove", "Write a proof of operations, or that the ledger goes on from an earlier checkpoint.", _prove
+    )
+    prove.add_argument("path", type=Path, metavar="PATH", help="the ledger's directory")
+    what = prove.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--operation", metavar="HEIGHT/INDEX", help="one operation: the block's height, and its place there from 0"
+    )
+    what.add_argument("--leaf", type=int, metavar="N", help="one operation, by its place among all from 0")
+    what.add_argument("--batch", metavar="ID", help="all operations of a batch, by its id in hex")
+    what.add_argument("--since", type=Path, metavar="FILE", help="a checkpoint that was written earlier")
+    prove.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the proof")
+    check = add_command(
+        group, "check-proof", "Check a proof with a trust file alone: exit 0 only if it holds.", _check_proof
+    )
+    check.add_argument("proof", type=Path, metavar="FILE", help="a proof, as `ledger prove` writes it")
+    check.add_argument("--trust", type=Path, required=True, metavar="FILE", help="the ledger's trust file")
+    check.add_argument("--json", action="store_true", help="print what is proven as JSON")
+
+
+def _checkpoint(options: argparse.Namespace) -> int:
+    with _prover(options.path) as (prover, _):
+        options.out.write_bytes(prover.checkpoint)
+    return DONE
+
+
+def _prove(options: argparse.Namespace) -> int:
+    older = options.since.read_bytes() if options.since is not None else None
+    batch_id = _hex(options.batch) if options.batch is not None else None
+    place = _place(options.operation) if options.operation is not None else None
+    with _prover(options.path) as (prover, trust):
+        proof: Proof
+        if older is not None:
+            proof = prover.consistency_with(older)
+        elif batch_id is not None:
+            proof = prover.operations(prover.indices_of_batch(batch_id))
+        elif place is not None:
+            proof = prover.operations([prover.index_of(*place)])
+        else:
+            proof = prover.operations([options.leaf])
+        # A damaged copy must not hand out what will not check elsewhere.
+        proof.check(trust)
+    options.out.write_bytes(proof.to_bytes())
+    return DONE
+
+
+def _check_proof(options: argparse.Namespace) -> int:
+    trust = read_trust(options.trust.read_text())
+    proof = read_proof(options.proof.read_bytes())
+    if isinstance(proof, OperationsProof):
+        checkpoint, validator = proof.check(trust)
+        proven = _operations(proof, checkpoint, validator)
+        verdict = (
+            f"{len(proof.operations)} operations stand on ledger {trust.ledger} at height {checkpoint.height},"
+            f" block {checkpoint.block_id.hex()}, signed by {validator}"
+        )
+    else:
+        older, newer = proof.check(trust)
+        proven = {"older_height": older.height, "newer_height": newer.height, "root": newer.root.hex()}
+        verdict = (
+            f"height {newer.height} of ledger {trust.ledger} goes on from height {older.height}:"
+            f" its first {older.tree_size} operations are the same"
+        )
+    print(json.dumps(proven) if options.json else f"{options.proof}: {verdict}")
+    return DONE
+
+
+def _operations(proof: OperationsProof, checkpoint: Checkpoint, validator: str) -> dict[str, Any]:
+    return {
+        "height": checkpoint.height,
+        "block_id": checkpoint.block_id.hex(),
+        "root": checkpoint.root.hex(),
+        "tree_size": checkpoint.tree_size,
+        "validator": validator,
+        "operations": [{"leaf": leaf, "operation": raw.hex()} for leaf, raw in proof.operations],
+    }
+
+
+@contextmanager
+def _prover(path: Path) -> Iterator[tuple["Prover", Trust]]:
+    """A prover over the ledger directory and what its own genesis says to trust; an engine may run on it meanwhile."""
+    from broker.ledger.proving import Prover
+    from broker.ledger.store import FILE_NAME, LedgerError, Store
+
+    if not (path / FILE_NAME).is_file():
+        raise LedgerError(path, f"holds no {FILE_NAME}; give the ledger's directory")
+    store = Store.open_read_only(path / FILE_NAME)
+    try:
+        with store.snapshot():
+            genesis = Genesis.from_bytes(store.meta("genesis") or b"")
+            yield Prover(store, genesis.ledger), read_trust(json.dumps(trust_of(genesis)))
+    except (sqlite3.Error, IndexError, ValueError) as error:
+        raise LedgerError(path, f"cannot be read: {error}; run `energy-broker ledger verify` on it") from error
+    finally:
+        store.close()
+
+
+def _place(text: str) -> tuple[int, int]:
+    height, _, number = text.partition("/")
+    try:
+        return int(height), int(number)
+    except ValueError:
+        raise WrongValue("--operation", f"HEIGHT/INDEX, for example 12/0, got {text!r}") from None
+
+
+def _hex(text: str) -> bytes:
+    try:
+        return bytes.fromhex(text)
+    except ValueError:
+        raise WrongValue("--batch", f"a batch's id in hex, got {text!r}") from None
