@@ -96,6 +96,11 @@ def rows_digest(digests: Mapping[bytes, bytes]) -> bytes:
     return sha256(b"".join([bucket + digests[bucket] for bucket in sorted(digests)])).digest()
 
 
+def app_hash_of(block_id: bytes, rows_digest: bytes) -> bytes:
+    """What a network's validators sign: the last block of the ledger, and the rows at the last snapshot height."""
+    return sha256(block_id + rows_digest).digest()
+
+
 def merged(
     stored: Iterable[tuple[bytes, bytes]], changes: Iterable[tuple[bytes, bytes | None]]
 ) -> Iterator[tuple[bytes, bytes]]:

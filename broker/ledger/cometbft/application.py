@@ -19,7 +19,6 @@ import os
 import sqlite3
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,13 +27,21 @@ from broker.ledger.cometbft import abci
 from broker.ledger.cometbft.buckets import Buckets
 from broker.ledger.cometbft.protobuf import Message
 from broker.ledger.cometbft.queries import QueryError, Refusal, Sources, answer_query
+from broker.ledger.cometbft.snapshots import (
+    LOG,
+    SnapshotShelf,
+    StateSync,
+    remove_left_over,
+    sealed_last_block,
+)
 from broker.ledger.directory import checked_head, locked, opened_store
 from broker.ledger.faults import RuleViolation
 from broker.ledger.limits import BATCH_HEAD_BYTES, BLOCK_HEAD_BYTES, MAX_BLOCK_BATCHES
 from broker.ledger.opening import RefusedBatch, charter_of, open_batch, party_signer
 from broker.ledger.receipts import SignedHead, sign_head
-from broker.ledger.rows_digest import NO_DIGEST
+from broker.ledger.rows_digest import NO_DIGEST, app_hash_of
 from broker.ledger.rules import keys_read
+from broker.ledger.snapshot import SnapshotFault
 from broker.ledger.store import FILE_NAME, NETWORK, SIGNED_HEAD, LedgerError
 from broker.ledger.trust import issuer_of
 from broker.protocol import cbor, envelope
@@ -42,7 +49,7 @@ from broker.protocol.envelope import Signer
 from broker.protocol.errors import ProtocolError
 from broker.protocol.keys import Algorithm, PrivateKey, public_key_from_cose
 from broker.protocol.limits import MAX_BLOCK_BYTES
-from broker.protocol.messages import Genesis, MessageType
+from broker.protocol.messages import Block, Genesis, MessageType
 
 APP_VERSION: Final = 1
 """Goes up when the rules change: all nodes of a network must run the same."""
@@ -111,11 +118,6 @@ class _Executed:
     buckets: dict[bytes, bytes | None]
 
 
-def app_hash_of(block_id: bytes, rows_digest: bytes) -> bytes:
-    """What the validators sign for a ledger that stands at this block and took its last snapshot of these rows."""
-    return sha256(block_id + rows_digest).digest()
-
-
 def app_state_of(genesis: Genesis, snapshot_every: int = SNAPSHOT_EVERY) -> dict[str, str | int]:
     """The `app_state` of CometBFT's genesis.json. Every node compares it with its own genesis and settings."""
     return {"genesis": genesis.to_bytes().hex(), "snapshot_every": snapshot_every}
@@ -155,19 +157,17 @@ class NodeApplication:
         self._refusals: dict[bytes, Refusal] = {}
         path.mkdir(parents=True, exist_ok=True)
         self._lock = locked(path)
+        self._issuer = issuer_of(genesis.ledger, genesis_hash(genesis))
         try:
-            self._store = opened_store(path, genesis)
-            own = {validator_key.public.key_id: Signer(validator_name, validator_key.public)}
-            self._head = checked_head(path, self._store, genesis, validators_of(genesis) | own)
-            self._progress = self._read_progress()
-            self._buckets = Buckets(self._store) if snapshot_every else None
+            remove_left_over(path)
+            self._open()
         except (sqlite3.Error, LedgerError) as error:
             os.close(self._lock)
             if isinstance(error, LedgerError):
                 raise
             raise LedgerError(path, f"SQLite says {error}; restore the ledger from a copy") from error
-        self._issuer = issuer_of(genesis.ledger, genesis_hash(genesis))
-        self._signed = self._sign(self._head)
+        self._shelf = SnapshotShelf(path)
+        self._sync: StateSync | None = None
         self._handlers: Mapping[type[Message], Callable[[Any], Message]] = {
             abci.EchoRequest: lambda request: abci.EchoResponse(request.message),
             abci.FlushRequest: lambda _: abci.FlushResponse(),
@@ -181,10 +181,12 @@ class NodeApplication:
             abci.CommitRequest: lambda _: self._commit(),
             abci.ExtendVoteRequest: lambda _: abci.ExtendVoteResponse(),
             abci.VerifyVoteExtensionRequest: self._verify_vote_extension,
-            abci.ListSnapshotsRequest: lambda _: abci.ListSnapshotsResponse(),
-            abci.OfferSnapshotRequest: lambda _: abci.OfferSnapshotResponse(abci.OfferResult.REJECT),
-            abci.LoadSnapshotChunkRequest: lambda _: abci.LoadSnapshotChunkResponse(),
-            abci.ApplySnapshotChunkRequest: lambda _: abci.ApplySnapshotChunkResponse(abci.ChunkResult.ABORT),
+            abci.ListSnapshotsRequest: lambda _: abci.ListSnapshotsResponse(self._shelf.listed()),
+            abci.OfferSnapshotRequest: self._offer_snapshot,
+            abci.LoadSnapshotChunkRequest: lambda request: abci.LoadSnapshotChunkResponse(
+                self._shelf.chunk(request.height, request.format, request.chunk)
+            ),
+            abci.ApplySnapshotChunkRequest: self._apply_snapshot_chunk,
         }
 
     @property
@@ -198,6 +200,9 @@ class NodeApplication:
         return self._progress.height
 
     def close(self) -> None:
+        self._shelf.close()
+        if self._sync is not None:
+            self._sync.abandon()
         self._store.close()
         os.close(self._lock)
 
@@ -213,6 +218,14 @@ class NodeApplication:
             raise LedgerError(self._path, f"SQLite says {error}; free disk space or replace the disk") from error
 
     # --- start
+
+    def _open(self) -> None:
+        self._store = opened_store(self._path, self._genesis)
+        own = {self._key.public.key_id: Signer(self._name, self._key.public)}
+        self._head = checked_head(self._path, self._store, self._genesis, validators_of(self._genesis) | own)
+        self._progress = self._read_progress()
+        self._buckets = Buckets(self._store) if self._snapshot_every else None
+        self._signed = self._sign(self._head)
 
     def _read_progress(self) -> Progress:
         raw = self._store.meta(NETWORK)
@@ -317,6 +330,7 @@ class NodeApplication:
     # --- a decided block
 
     def _finalize_block(self, request: abci.FinalizeBlockRequest) -> Message:
+        self._shelf.check()
         if request.height != self._progress.height + 1:
             raise ApplicationStopped(
                 f"CometBFT hands in block {request.height}, but the ledger in {self._path} stands at"
@@ -391,6 +405,9 @@ class NodeApplication:
         if self._buckets is not None:
             self._buckets.committed(executed.buckets)
         self._head, self._signed, self._progress, self._executed = step.head, signed, executed.progress, None
+        # A ledger without a block has nothing that a new node could not make from the genesis.
+        if self._snapshot_every and self._progress.height % self._snapshot_every == 0 and self._head.height:
+            self._shelf.take(self._progress.height, self._progress.rows_digest)
         for batch_id, refusal in executed.refusals.items():
             self._refusals.pop(batch_id, None)
             self._refusals[batch_id] = refusal
@@ -400,6 +417,52 @@ class NodeApplication:
 
     def _sign(self, head: Head) -> SignedHead:
         return sign_head(head.checkpoint(), self._key, self._charter.ledger, self._name, self._issuer)
+
+    # --- snapshots
+
+    def _offer_snapshot(self, request: abci.OfferSnapshotRequest) -> Message:
+        if self._progress.height:
+            return abci.OfferSnapshotResponse(abci.OfferResult.ABORT)
+        if self._sync is not None:
+            self._sync.abandon()
+            self._sync = None
+        try:
+            self._sync = StateSync(self._path, self._genesis, request.snapshot, request.app_hash)
+        except SnapshotFault as fault:
+            LOG.warning("snapshot %d is refused: %s", request.snapshot.height, fault)
+            return abci.OfferSnapshotResponse(abci.OfferResult.REJECT)
+        return abci.OfferSnapshotResponse(abci.OfferResult.ACCEPT)
+
+    def _apply_snapshot_chunk(self, request: abci.ApplySnapshotChunkRequest) -> Message:
+        sync = self._sync
+        if sync is None:
+            return abci.ApplySnapshotChunkResponse(abci.ChunkResult.ABORT)
+        try:
+            answer = sync.add(request)
+            if sync.complete:
+                self._begin_from(sync)
+                self._sync = None
+        except SnapshotFault as fault:
+            LOG.warning("snapshot %d is refused: %s", sync.network_height, fault)
+            sync.abandon()
+            self._sync = None
+            return abci.ApplySnapshotChunkResponse(abci.ChunkResult.REJECT_SNAPSHOT)
+        return answer
+
+    def _begin_from(self, sync: StateSync) -> None:
+        """Put a whole snapshot in the place of the empty ledger. Raises SnapshotFault; the empty ledger stays then."""
+        head = sync.manifest.head
+
+        def seal(payload: bytes) -> tuple[bytes, bytes]:
+            sealed = envelope.seal(Block.from_payload(payload), self._key, self._charter.ledger, self._name)
+            return sealed_last_block(payload, sealed), self._sign(head).to_bytes()
+
+        progress = Progress(sync.network_height, sync.manifest.rows_digest)
+        self._store.close()
+        try:
+            sync.finish(seal, {NETWORK: progress.to_bytes()})
+        finally:
+            self._open()
 
     # --- reading
 

@@ -13,7 +13,7 @@ from threading import Event
 from typing import Final
 
 from broker.ledger.cometbft import abci
-from broker.ledger.cometbft.application import ApplicationStopped, NodeApplication
+from broker.ledger.cometbft.application import SNAPSHOT_EVERY, ApplicationStopped, NodeApplication
 from broker.ledger.cometbft.framing import FrameReader, framed
 from broker.ledger.cometbft.protobuf import MalformedProtobuf
 from broker.ledger.store import LedgerError
@@ -39,13 +39,16 @@ def serve_application(
     validator_key: PrivateKey,
     socket_path: Path,
     stop: Event,
+    snapshot_every: int = SNAPSHOT_EVERY,
 ) -> None:
     """Open the ledger in directory `path` and serve it on `socket_path` until `stop` is set.
+
+    `snapshot_every` must be the same on all nodes; genesis.json's `app_state` says it too.
 
     Raises LedgerError if the directory cannot be used or the disk refuses, ApplicationStopped if CometBFT and the
     ledger do not fit together, OSError if the socket cannot be made. Whatever was committed stays; a restart goes on.
     """
-    application = NodeApplication(path, genesis, validator_name, validator_key)
+    application = NodeApplication(path, genesis, validator_name, validator_key, snapshot_every)
     try:
         with ApplicationServer(application, socket_path) as server:
             server.run(stop)

@@ -16,7 +16,6 @@ from support.ledger_world import (
     close,
     deliver,
     found,
-    genesis,
     issue,
     key,
     order,
@@ -24,68 +23,33 @@ from support.ledger_world import (
     seal,
     take,
 )
+from support.node import NETWORK, NODES, Node
 
 from broker.ledger.chain import block_id_of
 from broker.ledger.cometbft import abci
 from broker.ledger.cometbft.application import (
-    SNAPSHOT_EVERY,
     ApplicationStopped,
     NodeApplication,
     TxCode,
-    app_hash_of,
     consensus_key,
 )
 from broker.ledger.holding import decode_holding
 from broker.ledger.limits import MAX_BLOCK_BATCHES
 from broker.ledger.operations import Void
-from broker.ledger.rows_digest import NO_DIGEST, bucket_digests, rows_digest
+from broker.ledger.rows_digest import NO_DIGEST, app_hash_of, bucket_digests, rows_digest
 from broker.ledger.state import TOTAL, encode_key
 from broker.ledger.store import LedgerError
 from broker.ledger.verify import verify_ledger
 from broker.protocol import cbor, envelope
 from broker.protocol.keys import Algorithm, generate_private_key
 from broker.protocol.limits import MAX_BLOCK_BYTES
-from broker.protocol.messages import NamedKey
 from broker.protocol.sources import Source
-
-NODES = ("node", "node-2", "node-3")
-NETWORK = genesis(validators=tuple(NamedKey(name, key(name).public.cose_key) for name in NODES))
-
-
-class Node:
-    """An application in a directory, driven by its messages."""
-
-    def __init__(self, path: Path, name: str = "node", every: int = SNAPSHOT_EVERY) -> None:
-        self.path = path
-        self.name = name
-        self.every = every
-        self.application = self.opened()
-
-    def opened(self) -> NodeApplication:
-        return NodeApplication(self.path, NETWORK, self.name, key(self.name), self.every)
-
-    def ask(self, request: Any) -> Any:
-        return self.application.handle(request)
-
-    def make_block(self, *txs: bytes) -> abci.FinalizeBlockResponse:
-        response: abci.FinalizeBlockResponse = self.ask(block(self.application.network_height + 1, *txs))
-        self.ask(abci.CommitRequest())
-        return response
-
-    def query(self, path: str, question: Any = None) -> Any:
-        answer = self.ask(abci.QueryRequest(b"" if question is None else cbor.encode(question), path))
-        assert answer.code == 0, answer.log
-        return cbor.decode(answer.value, "answer", 2**22)
-
-    def restart(self) -> None:
-        self.application.close()
-        self.application = self.opened()
 
 
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[Node]:
     node = Node(tmp_path / "node")
-    node.ask(init_chain_request(NETWORK))
+    node.init_chain()
     yield node
     node.application.close()
 
@@ -112,7 +76,7 @@ def test_every_node_agrees_and_seals_the_same_blocks_with_its_own_key(tmp_path: 
     nodes = [Node(tmp_path / name, name) for name in NODES]
     hashes = []
     for node in nodes:
-        node.ask(init_chain_request(NETWORK))
+        node.init_chain()
         hashes.append([node.make_block(*SET_UP).app_hash, node.make_block(batch(issue("solar-1", 9))).app_hash])
     assert hashes[0] == hashes[1] == hashes[2]
     copies = [node.query("/blocks", [1, 10_000_000])[1] for node in nodes]
@@ -328,7 +292,7 @@ def test_the_rows_digest_of_a_snapshot_height_is_that_of_all_rows(tmp_path: Path
     # The rest of the asset is delivered, so its row among those held goes away.
     blocks += [(), (batch(deliver(9, 973, ("solar-1", 27, 1_000))),), (batch(close()),), ()]
     for node in (kept, forgetful):
-        node.ask(init_chain_request(NETWORK, every=every))
+        node.init_chain()
     digest = NO_DIGEST
     for height, txs in enumerate(blocks, start=1):
         response = kept.make_block(*txs)
@@ -349,7 +313,7 @@ def test_the_rows_digest_of_a_snapshot_height_is_that_of_all_rows(tmp_path: Path
 def test_a_row_that_was_altered_on_disk_changes_the_app_hash_of_its_node(tmp_path: Path) -> None:
     honest, altered = Node(tmp_path / "honest", every=4), Node(tmp_path / "altered", every=4)
     for node in (honest, altered):
-        node.ask(init_chain_request(NETWORK, every=4))
+        node.init_chain()
         node.make_block(*SET_UP)
         node.make_block(batch(issue("solar-1", 1_000), issue("wind-1", 500)))
     damaged = encode_key((TOTAL, T0, int(Source.WIND)))
