@@ -144,7 +144,12 @@ class _Sums(NamedTuple):
 def audit_ledger(path: Path) -> Audit:
     """The books of the ledger in directory `path`. Raises LedgerError if it cannot be read."""
     with opened(path) as store:
-        return _Books(store).audit()
+        return audit_store(store)
+
+
+def audit_store(store: Store) -> Audit:
+    """The books of an open ledger. Raises sqlite3.Error, ValueError."""
+    return _Books(store).audit()
 
 
 class _Books:

@@ -13,7 +13,7 @@ Tail: CBOR [manifest, sealed last block, signed head or null], both as they are 
 Manifest: CBOR [1, genesis, head, rows digest, rows, batches, [[chunk's length, SHA-256] …]]
 Chunk: CBOR [part, key, value, key, value …], a part after the other as in `Part`, keys ascending.
 
-What restoring checks: every chunk's hash; that rows and keys are such; the rows digest; the books (`books`); that the
+What restoring checks: every chunk's hash; that rows and keys are such; the rows digest; the books (`audit`); that the
 last block is the one that the head names, has its state hash, tree size and root, and is sealed by a validator. What it
 cannot check alone is that these rows are what the operations made, because the state hash is a chain over changes.
 Compare the rows digest with one that a node with all blocks gives for this height; on CometBFT the validators sign it.
@@ -22,25 +22,30 @@ Compare the rows digest with one that a node with all blocks gives for this heig
 import os
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from broker.database_copy import flush_directory, flush_file, new_directory
-from broker.ledger.books import book_faults
-from broker.ledger.chain import Head, block_id_of, genesis_hash, validators_of
+from broker.ledger.audit import audit_store
+from broker.ledger.chain import Head, block_id_of, genesis_hash
 from broker.ledger.merkle import peak_positions
+from broker.ledger.opening import charter_of
 from broker.ledger.receipts import SignedHead, verify_checkpoint, verify_signed_root
 from broker.ledger.rows_digest import bucket_digests, rows_digest
-from broker.ledger.state import decode_key, decode_row
+from broker.ledger.rules.validators import validators_now
+from broker.ledger.state import ASSET, OWNED, AssetRow, decode_key, decode_row, table_bounds
 from broker.ledger.store import FILE_NAME, SIGNED_HEAD, LedgerError, Store
 from broker.ledger.trust import Trust
 from broker.protocol import cbor, envelope
 from broker.protocol.codec import Bytes, Many, Row, Unsigned
+from broker.protocol.envelope import Signer
 from broker.protocol.errors import MalformedMessage, ProtocolError
+from broker.protocol.keys import public_key_from_cose
 from broker.protocol.limits import MAX_BLOCK_BYTES, MAX_BROKER_MESSAGE_BYTES
 from broker.protocol.messages import HASH_BYTES, Block, Genesis
 
@@ -75,8 +80,8 @@ _MANIFEST: Final = Row(
     )
 )
 
-Seal = Callable[[bytes], tuple[bytes, bytes | None]]
-"""Gives the payload of the last block as a sealed block, and the signed head if there is one."""
+Seal = Callable[[bytes, Mapping[bytes, Signer]], tuple[bytes, bytes | None]]
+"""From the payload of the last block and the validators by key id: the sealed block, and the signed head if any."""
 
 
 class SnapshotFault(Exception):
@@ -168,10 +173,10 @@ def write_snapshot(store: Store, out: Path) -> Manifest:
         raise SnapshotFault("the ledger has no blocks yet; its genesis file is all there is to it")
     if out.exists():
         raise SnapshotFault(f"{out} exists already; give another name")
-    partial = out.with_name(out.name + ".partial")
+    unfinished = out.with_name(out.name + ".partial")
     counts = {Part.ROWS: 0, Part.BATCHES: 0}
     try:
-        with partial.open("wb") as file:
+        with unfinished.open("wb") as file:
             file.write(MAGIC)
             chunks = []
             for part, items in (
@@ -190,10 +195,10 @@ def write_snapshot(store: Store, out: Path) -> Manifest:
             file.write(tail + sha256(tail).digest() + len(tail).to_bytes(_LENGTH_BYTES, "big") + MAGIC)
             file.flush()
             os.fsync(file.fileno())
-        partial.rename(out)
+        unfinished.rename(out)
         flush_directory(out.parent)
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
     return manifest
 
 
@@ -310,9 +315,9 @@ class Restoring:
             raise SnapshotFault(f"only {self._next} of its {len(self.manifest.chunks)} chunks are there")
         try:
             _check_block(self._payload, head)
-            sealed, signed_head = seal(self._payload)
             nodes = list(zip(peak_positions(head.tree_size), head.peaks, strict=True))
             self._check_rows()
+            sealed, signed_head = seal(self._payload, self._validators())
             self._store.put_base(sorted(nodes), (head.height, head.block_id, sealed), signed_head, self.manifest.digest)
         except (ProtocolError, ValueError, TypeError, sqlite3.Error) as error:
             raise SnapshotFault(f"it does not hold: {error}") from error
@@ -325,13 +330,36 @@ class Restoring:
         """Close the file, which is no ledger."""
         self._store.close()
 
+    def _validators(self) -> dict[bytes, Signer]:
+        """Who signs at that height, by key id."""
+        now = validators_now(self._store, charter_of(self.manifest.genesis)).validators
+        signers = [Signer(validator.name, public_key_from_cose(validator.cose_key)) for validator in now]
+        return {signer.key.key_id: signer for signer in signers}
+
     def _check_rows(self) -> None:
         if rows_digest(bucket_digests(self._store.state_rows())) != self.manifest.rows_digest:
             raise SnapshotFault("its rows are others than the rows digest stands for")
         if self._store.counts() != (self.manifest.rows, self.manifest.batches):
             raise SnapshotFault("it holds another number of rows or batches than it says")
-        for fault in book_faults(self._store):
-            raise SnapshotFault(f"its books do not balance: {fault}")
+        faults = audit_store(self._store).faults or tuple(_index_faults(self._store))
+        if faults:
+            raise SnapshotFault(f"its books do not balance: {faults[0]}")
+
+
+def _index_faults(store: Store) -> Iterator[str]:
+    """Every holder must stand in the index of holders, and nobody else: an engine finds holdings by it."""
+    holders = 0
+    for raw_key, raw in store.state_rows(*table_bounds(ASSET)):
+        key, asset = decode_key(raw_key), decode_row(ASSET, raw)
+        assert isinstance(asset, AssetRow)
+        expected = [(OWNED, holder, *key[1:]) for holder in sorted({held.owner for held in asset.held})]
+        holders += len(expected)
+        yield from (
+            f"{missing} is missing in the index" for missing, row in store.read(expected).items() if row is None
+        )
+    indexed = sum(1 for _ in store.state_rows(*table_bounds(OWNED)))
+    if indexed != holders:
+        yield f"the index of holders has {indexed} rows for {holders} holders"
 
 
 def _check_block(payload: bytes, head: Head) -> None:
@@ -372,15 +400,15 @@ def restore_snapshot(snapshot: Path, path: Path, expected_digest: bytes | None =
     `expected_digest` is the rows digest that somebody else has for that height. Raises LedgerError, CopyError; then
     nothing is left of the directory.
     """
-    with new_directory(path) as partial:
-        manifest = load_snapshot(snapshot, partial / FILE_NAME)
+    with new_directory(path) as directory:
+        manifest = load_snapshot(snapshot, directory / FILE_NAME)
         if expected_digest is not None and manifest.rows_digest != expected_digest:
             raise LedgerError(
                 snapshot,
                 f"its rows digest is {manifest.rows_digest.hex()}, not the expected one; do not use this snapshot",
             )
-        shutil.copyfile(snapshot, partial / BASE_FILE_NAME)
-        flush_file(partial / BASE_FILE_NAME)
+        shutil.copyfile(snapshot, directory / BASE_FILE_NAME)
+        flush_file(directory / BASE_FILE_NAME)
         return manifest
 
 
@@ -393,7 +421,7 @@ def load_snapshot(snapshot: Path, file: Path) -> Manifest:
             try:
                 for index in range(len(source.manifest.chunks)):
                     restoring.add(source.chunk(index))
-                restoring.finish(lambda payload: _sealed_by_a_validator(source, payload))
+                restoring.finish(partial(_sealed_by_a_validator, source))
             finally:
                 restoring.abandon()
         finally:
@@ -403,9 +431,11 @@ def load_snapshot(snapshot: Path, file: Path) -> Manifest:
     return source.manifest
 
 
-def _sealed_by_a_validator(source: SnapshotFile, payload: bytes) -> tuple[bytes, bytes | None]:
+def _sealed_by_a_validator(
+    source: SnapshotFile, payload: bytes, validators: Mapping[bytes, Signer]
+) -> tuple[bytes, bytes | None]:
     genesis = source.manifest.genesis
-    trust = Trust(genesis.ledger, genesis_hash(genesis), validators_of(genesis), {})
+    trust = Trust(genesis.ledger, genesis_hash(genesis), validators, {})
     envelope.open_envelope(source.sealed_block, genesis.ledger, trust.validators.get)
     if block_id_of(source.sealed_block) != sha256(payload).digest():
         raise SnapshotFault("its sealed block is another one than its last block")
