@@ -14,7 +14,7 @@ FUZZ_SECONDS ?= 600
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long fuzz lint bench clean system
+.PHONY: help setup demo test test-long fuzz mutate lint bench clean system
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -32,6 +32,9 @@ test-long: setup lint ## all tests at their full counts
 
 fuzz: setup ## fuzz everything that reads bytes off a wire, FUZZ_SECONDS each (TARGETS=… for some of them)
 	PYTHONPATH=tests $(BIN)/python -m fuzz --runs 1000000000 --seconds $(FUZZ_SECONDS) $(TARGETS)
+
+mutate: setup ## delete each guard of the ledger rules in turn; prints what no test notices (OPTIONS=… for fewer)
+	PYTHONPATH=.:tests $(BIN)/python -m mutate $(OPTIONS)
 
 lint: $(VENV)/.stamp-dev ## ruff, mypy --strict, the walls between the rooms
 	$(BIN)/ruff check .
