@@ -4,7 +4,8 @@ The state hash of a block is a chain over *changes*: it cannot say whether a giv
 rows digest can, so a snapshot is checked with it. Rows are grouped into buckets that are one run of keys each:
 
 - where a key goes on with a time (assets, slices, demands, totals): table and hour;
-- where it goes on with a party that has many rows (held slices, orders, closes, applied batches): table and party;
+- where it goes on with a party and then a time (held slices, closes, applied batches): table, party and hour;
+- orders: table and requester;
 - else the whole table.
 
     bucket digest = SHA-256( key ‖ row ‖ key ‖ row … by ascending key )
@@ -42,20 +43,18 @@ _BY_PARTY: Final = frozenset((OWNED, MANDATED, ORDER, CLOSED, APPLIED))
 
 def bucket_of(key: Key) -> bytes:
     """The bucket that a row's key belongs to."""
-    if type(key[1]) is int:
-        return cbor.encode([key[0], key[1] // _SPAN_S])
-    return cbor.encode(key[:2] if key[0] in _BY_PARTY else key[:1])
+    length = 2 if key[0] in _BY_PARTY else 1
+    if type(key[length]) is int:
+        return cbor.encode([*key[:length], key[length] // _SPAN_S])
+    return cbor.encode(key[:length])
 
 
 def bounds_of(bucket: bytes) -> tuple[bytes, bytes]:
     """The bounds [from, to) of the encoded keys in a bucket."""
-    table, *rest = cbor.decode(bucket, "bucket", len(bucket))
-    if not rest:
-        return table_bounds(table)
-    (part,) = rest
-    if type(part) is int:
-        return scan_bounds((table,), part * _SPAN_S, (part + 1) * _SPAN_S)
-    return prefix_bounds((table, part))
+    *prefix, last = cbor.decode(bucket, "bucket", len(bucket))
+    if prefix and type(last) is int:
+        return scan_bounds(tuple(prefix), last * _SPAN_S, (last + 1) * _SPAN_S)
+    return prefix_bounds((*prefix, last)) if prefix else table_bounds(last)
 
 
 def bucket_digest(rows: Iterable[tuple[bytes, bytes]]) -> bytes | None:

@@ -17,7 +17,7 @@ order of its batches is read: no time, proposer, vote or evidence.
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -41,7 +41,9 @@ from broker.ledger.opening import RefusedBatch, charter_of, open_batch, party_si
 from broker.ledger.receipts import SignedHead, sign_head
 from broker.ledger.rows_digest import NO_DIGEST, app_hash_of
 from broker.ledger.rules import keys_read
+from broker.ledger.rules.validators import validators_now
 from broker.ledger.snapshot import SnapshotFault
+from broker.ledger.state import Validator
 from broker.ledger.store import FILE_NAME, NETWORK, SIGNED_HEAD, LedgerError
 from broker.ledger.trust import issuer_of
 from broker.protocol import cbor, envelope
@@ -386,7 +388,10 @@ class NodeApplication:
                 digest, digested = self._buckets.digested(step.rows, buckets)
                 buckets |= digested
         progress = Progress(request.height, digest)
-        response = abci.FinalizeBlockResponse(tuple(results), (), app_hash_of(step.head.block_id, progress.rows_digest))
+        now, then = (validators_now(state, self._charter).validators for state in (self._store, step.state))
+        response = abci.FinalizeBlockResponse(
+            tuple(results), _validator_updates(now, then), app_hash_of(step.head.block_id, digest)
+        )
         return _Executed(request.hash, response, step, blocks, heights, refusals, progress, buckets)
 
     def _commit(self) -> Message:
@@ -504,6 +509,16 @@ class _BlockRoom:
         self._batches -= 1
         self._bytes -= size
         return True
+
+
+def _validator_updates(now: Sequence[Validator], then: Sequence[Validator]) -> tuple[abci.ValidatorUpdate, ...]:
+    """What changes from one set of validators to the next, by ascending key; a key that goes has power 0."""
+    before = {consensus_key(validator.cose_key): validator.power for validator in now}
+    after = {consensus_key(validator.cose_key): validator.power for validator in then}
+    powers = {key: after.get(key, 0) for key in sorted(before.keys() | after.keys())}
+    return tuple(
+        abci.ValidatorUpdate(abci.PublicKey(key), power) for key, power in powers.items() if power != before.get(key)
+    )
 
 
 def _is_batch(raw: bytes) -> bool:

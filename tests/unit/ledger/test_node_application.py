@@ -21,6 +21,7 @@ from support.ledger_world import (
     order,
     register,
     seal,
+    set_validator,
     take,
 )
 from support.node import NETWORK, NODES, Node
@@ -35,7 +36,7 @@ from broker.ledger.cometbft.application import (
 )
 from broker.ledger.holding import decode_holding
 from broker.ledger.limits import MAX_BLOCK_BATCHES
-from broker.ledger.operations import Void
+from broker.ledger.operations import SetValidator, Void
 from broker.ledger.rows_digest import NO_DIGEST, app_hash_of, bucket_digests, rows_digest
 from broker.ledger.state import TOTAL, encode_key
 from broker.ledger.store import LedgerError
@@ -322,6 +323,28 @@ def test_a_row_that_was_altered_on_disk_changes_the_app_hash_of_its_node(tmp_pat
     assert honest.make_block().app_hash != altered.make_block().app_hash
     for node in (honest, altered):
         node.application.close()
+
+
+def test_changed_validators_reach_the_network_in_the_block_that_changes_them(traded: Node) -> None:
+    def update(name: str, power: int) -> abci.ValidatorUpdate:
+        return abci.ValidatorUpdate(abci.PublicKey(consensus_key(key(name).public.cose_key)), power)
+
+    def updates(*operations: SetValidator) -> set[abci.ValidatorUpdate]:
+        response = traded.make_block(batch(*operations))
+        assert codes(response) == [TxCode.APPLIED]
+        found = response.validator_updates
+        assert list(found) == sorted(found, key=lambda update: update.public_key.ed25519)
+        return set(found)
+
+    assert traded.make_block(batch(Void(b"v" * 16))).validator_updates == ()
+    assert updates(set_validator("node-4", 1)) == {update("node-4", 1)}
+    assert updates(set_validator("node-3", 0, 2)) == {update("node-3", 0)}
+    # Another key is another validator to CometBFT.
+    changed = updates(set_validator("node-2", 1, 3, validator_key="new-2"))
+    assert changed == {update("node-2", 0), update("new-2", 1)}
+    # Taken back in the same block, it was never there.
+    assert updates(set_validator("node-5", 1, 4), set_validator("node-5", 0, 5)) == set()
+    assert traded.make_block(batch(set_validator("node-6", 1, 9))).validator_updates == ()
 
 
 def test_votes_carry_nothing_of_the_application(node: Node) -> None:

@@ -54,7 +54,10 @@ def test_buckets_are_runs_of_keys_with_bounds_around_exactly_their_own(world: Wo
     [
         ((rows.ASSET, T0 + 1_800, "roof", 1, 0), [rows.ASSET, T0 // 3_600]),
         ((rows.DEMAND, T0 + 3_600, b"p" * 16), [rows.DEMAND, T0 // 3_600 + 1]),
-        ((rows.OWNED, "b1", T0, "roof", 1, 0), [rows.OWNED, "b1"]),
+        ((rows.OWNED, "b1", T0, "roof", 1, 0), [rows.OWNED, "b1", T0 // 3_600]),
+        ((rows.MANDATED, "b1", T0, "roof", 1, 0), [rows.MANDATED, "b1", T0 // 3_600]),
+        ((rows.CARRY, "roof", 1), [rows.CARRY]),
+        ((rows.VALIDATORS, 0), [rows.VALIDATORS, 0]),
         ((rows.ORDER, "b1", b"o" * 16), [rows.ORDER, "b1"]),
         ((rows.KEY, b"k" * 16), [rows.KEY]),
         ((rows.DEVICE, "roof"), [rows.DEVICE]),

@@ -15,6 +15,7 @@ from broker.ledger.cometbft.abci import ChunkResult, OfferResult
 from broker.ledger.cometbft.snapshots import KEPT_SNAPSHOTS
 from broker.ledger.snapshot import Manifest
 from broker.ledger.store import LedgerError
+from broker.ledger.verify import verify_ledger
 
 EVERY = 3
 BLOCKS = (
@@ -86,6 +87,7 @@ def test_a_new_node_goes_on_from_a_snapshot_as_the_others_do(old: Node, new: Nod
     for node in (new, old):
         node.application._shelf.wait()
     assert listed(new)[0] == listed(old)[0]
+    assert verify_ledger(new.path).errors == ()
 
 
 def test_duplicates_have_the_same_result_on_a_node_that_knows_the_history_and_one_that_does_not(
