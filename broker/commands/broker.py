@@ -12,6 +12,7 @@ from firmware_config.loader import ConfigError
 
 
 def add_commands(commands: Any) -> None:
+    """`run`, `check-config`, `statement` and `list`."""
     from broker.service.registration import TABLES
 
     add_config_option(add_command(commands, "run", "Run the broker until it is told to stop (SIGTERM).", _run))

@@ -28,20 +28,24 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def add_command(commands: Any, name: str, text: str, command: Command) -> argparse.ArgumentParser:
+    """A subcommand that runs `command`; `text` is its help and its description."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     parser.set_defaults(command=command)
     return parser
 
 
 def add_group(commands: Any, name: str, text: str) -> Any:
+    """A subcommand that has subcommands of its own."""
     return commands.add_parser(name, help=text, description=text).add_subparsers(required=True, metavar="COMMAND")
 
 
 def add_config_option(parser: argparse.ArgumentParser) -> None:
+    """The option that names the broker's config file."""
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the broker's config file (TOML)")
 
 
 def add_signing_options(parser: argparse.ArgumentParser, who: str) -> None:
+    """Options of a command that writes a signed statement; `who` signs it."""
     parser.add_argument("--genesis", type=Path, required=True, metavar="FILE", help="the ledger's genesis file")
     parser.add_argument("--name", required=True, metavar="NAME", help=f"the name of {who}")
     parser.add_argument("--key", type=Path, required=True, metavar="FILE", help=f"the private key of {who}")
@@ -61,11 +65,13 @@ def write_signed(options: argparse.Namespace, message: Message) -> int:
 
 
 def named_key(text: str) -> NamedKey:
+    """NAME=KEY as a named key. Raises ProtocolError for a key that is none."""
     name, _, key = text.partition("=")
     return NamedKey(name, parse_public_key(key).cose_key)
 
 
 def not_negative(text: str) -> int:
+    """A whole number of 0 or more, as an argument's type."""
     number = int(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"expected 0 or more, got {number}")
@@ -84,6 +90,7 @@ def time_of(text: str) -> int:
 
 
 def print_row(row: dict[str, Any], *, as_json: bool) -> None:
+    """One record on a line: JSON, or key=value without what is None."""
     if as_json:
         print(json.dumps(row, separators=(",", ":")))
     else:

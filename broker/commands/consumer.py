@@ -14,6 +14,7 @@ from firmware_config.loader import WrongValue
 
 
 def add_commands(commands: Any) -> None:
+    """The group `consumer`."""
     group = add_group(commands, "consumer", "Consumers and their contracts.")
     add = add_command(group, "add", "Register a consumer's meter with its contract.", _consumer_add)
     contract = add_command(

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: Any) -> None:
+    """Subcommands of this module's group."""
     backup = add_command(
         commands,
         "backup",

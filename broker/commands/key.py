@@ -9,6 +9,7 @@ from broker.protocol.keys import Algorithm, generate_private_key, load_private_k
 
 
 def add_commands(commands: Any) -> None:
+    """The group `key`."""
     group = add_group(commands, "key", "Make and show signing keys.")
     new = add_command(group, "new", "Make a private key, readable by you only, and print its public key.", _key_new)
     new.add_argument("file", type=Path, metavar="FILE", help="where to write it; an existing file is never overwritten")

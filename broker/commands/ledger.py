@@ -17,6 +17,7 @@ from firmware_config.loader import WrongValue
 
 
 def add_commands(commands: Any) -> None:
+    """The group `ledger`, to which other modules add more."""
     group = add_group(commands, "ledger", "Found a ledger, and look into one.")
     genesis = add_command(group, "genesis", "Write the genesis file that a ledger is founded on.", _ledger_genesis)
     genesis.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write it")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 def add_commands(group: Any) -> None:
+    """Subcommands of this module's group."""
     checkpoint = add_command(
         group, "checkpoint", "Write the signed head of a ledger, to compare with others or later.", _checkpoint
     )

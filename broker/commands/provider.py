@@ -19,6 +19,7 @@ from broker.protocol.messages import EndOfMandate, Mandate
 
 
 def add_commands(commands: Any) -> None:
+    """The group `provider`."""
     group = add_group(commands, "provider", "Mandates of providers, and taking them on.")
     mandate = add_command(
         group, "mandate", "Sign a mandate: this broker may take what the device makes.", _provider_mandate

@@ -11,6 +11,7 @@ from firmware_config.loader import WrongValue
 
 
 def add_commands(commands: Any) -> None:
+    """The group `registrar`."""
     group = add_group(commands, "registrar", "Sign who and what is admitted to a ledger.")
     register = add_command(group, "register", "Sign the registration of a broker or provider.", _registrar_register)
     add_signing_options(register, "the registrar")
