@@ -458,7 +458,7 @@ class NodeApplication:
         """Put a whole snapshot in the place of the empty ledger. Raises SnapshotFault; the empty ledger stays then."""
         head = sync.manifest.head
 
-        def seal(payload: bytes) -> tuple[bytes, bytes]:
+        def seal(payload: bytes, _: Mapping[bytes, Signer]) -> tuple[bytes, bytes]:
             sealed = envelope.seal(Block.from_payload(payload), self._key, self._charter.ledger, self._name)
             return sealed_last_block(payload, sealed), self._sign(head).to_bytes()
 
