@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from broker.commands import broker, consumer, copies, key, ledger, provider, registrar
+from broker.commands import broker, consumer, copies, key, ledger, privacy, provider, registrar
 from broker.commands.common import DONE, FAILED, USAGE, Command
 from broker.market.contracts import ContractError
 from broker.protocol.errors import KeyFileError, ProtocolError
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"energy-broker {version('dengen')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (broker, copies, key, ledger, registrar, provider, consumer):
+    for group in (broker, copies, key, ledger, registrar, provider, consumer, privacy):
         group.add_commands(commands)
     return parser
 

@@ -12,12 +12,13 @@ from typing import Final
 from broker.protocol.messages import PSEUDONYM_BYTES
 
 SECRET_BYTES: Final = 32
-_DAY_S: Final = 86_400
+DAY_KEY_BYTES: Final = 32
+DAY_S: Final = 86_400
 
 
 def day_of(start_s: int) -> int:
     """The UTC day number of an interval."""
-    return start_s // _DAY_S
+    return start_s // DAY_S
 
 
 def day_key(secret: bytes, day: int) -> bytes:

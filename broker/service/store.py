@@ -410,6 +410,14 @@ class BrokerStore:
         ).fetchone()
         return _message_row(row) if row else None
 
+    def messages_of(self, start_s: int, meter: str, kind: MessageType) -> list[MessageRow]:
+        """All revisions of a meter's message about one interval, oldest first."""
+        rows = self._db.execute(
+            "SELECT * FROM message WHERE start_s = ? AND meter = ? AND kind = ? ORDER BY revision",
+            (start_s, meter, int(kind)),
+        )
+        return [_message_row(row) for row in rows]
+
     def add_message(
         self,
         start_s: int,
