@@ -1,7 +1,7 @@
 """Opening one day of one consumer to an auditor: what the broker gives out, and how anyone checks it by the ledger.
 
 A disclosure is a JSON file with the day key and the demands that the meter signed for that day. Pseudonyms and the
-salts of commitments follow from the day key (`pseudonyms`), so they are made again here instead of believed. The day key of
+salts of commitments follow from the day key (`pseudonyms`), so they are made again here instead of believed. The key of
 one day says nothing about another.
 
 The check answers: did this meter sign these demands, do they stand on the ledger under its pseudonyms with these very
