@@ -4,13 +4,18 @@ import fcntl
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 from broker.ledger.chain import Head, block_id_of, first_head
+from broker.ledger.merkle import node_position
 from broker.ledger.store import FILE_NAME, FORMAT, LOCK_NAME, LedgerError, Store
+from broker.ledger.wal import log_fault
 from broker.protocol import envelope
 from broker.protocol.envelope import Signer
 from broker.protocol.errors import ProtocolError
 from broker.protocol.messages import Block, Genesis
+
+_RESTORE: Final = "run `energy-broker ledger verify` on it and restore it from a copy"
 
 
 def locked(path: Path) -> int:
@@ -27,12 +32,35 @@ def locked(path: Path) -> int:
     return descriptor
 
 
+def in_use(path: Path) -> bool:
+    """True if a process holds the directory."""
+    try:
+        descriptor = os.open(path / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def opened_store(path: Path, genesis: Genesis) -> Store:
-    """The directory's file, made if it is not there yet. Raises sqlite3.Error."""
+    """The directory's file, made if it is not there yet.
+
+    Raises sqlite3.Error, and LedgerError if SQLite would silently drop commits that other commits had followed.
+    """
     file = path / FILE_NAME
+    damage = log_fault(path)
+    if damage is not None and damage.commits > 1:
+        raise LedgerError(path, f"{damage.what} and committed blocks stand behind it; {_RESTORE}")
     if file.exists():
         store = Store.open(file)
         if store.has_schema():
+            # What a commit that was cut off has left in the log must not stand behind the next one.
+            store.empty_log()
             return store
         store.close()  # Killed while it was being made: nothing was in it yet.
     return Store.create(file, genesis.to_bytes(), first_head(genesis))
@@ -47,19 +75,18 @@ def checked_head(path: Path, store: Store, genesis: Genesis, signers: Mapping[by
         raise LedgerError(path, f"not of format {FORMAT}; it was made by another version of this program")
     if store.meta("genesis") != genesis.to_bytes():
         raise LedgerError(path, f"founded on another genesis than the given one of {genesis.ledger}; check the path")
-    damaged = "run `energy-broker ledger verify` on it and restore it from a copy"
     try:
         head = Head.from_bytes(store.meta("head") or b"")
         checkpoint = head.checkpoint()
         last = store.last_block()
         if last is None:
             if head != first_head(genesis):
-                raise LedgerError(path, f"the head says height {head.height}, but there are no blocks; {damaged}")
+                raise LedgerError(path, f"the head says height {head.height}, but there are no blocks; {_RESTORE}")
             return head
         height, block_id, raw = last
         opened = envelope.open_envelope(raw, genesis.ledger, signers.get)
     except (ProtocolError, ValueError) as error:
-        raise LedgerError(path, f"the head does not hold: {error}; {damaged}") from error
+        raise LedgerError(path, f"the head does not hold: {error}; {_RESTORE}") from error
     block = opened.message
     if (
         not isinstance(block, Block)
@@ -67,5 +94,20 @@ def checked_head(path: Path, store: Store, genesis: Genesis, signers: Mapping[by
         or (block.height, block.state_hash, block.tree_size, block.root)
         != (head.height, head.state_hash, head.tree_size, checkpoint.root)
     ):
-        raise LedgerError(path, f"the head does not agree with block {height}; {damaged}")
+        raise LedgerError(path, f"the head does not agree with block {height}; {_RESTORE}")
+    _check_nodes(path, store, head)
     return head
+
+
+def _check_nodes(path: Path, store: Store, head: Head) -> None:
+    """The stored Merkle nodes must end in the head's peaks: proofs are made of them, and the tree grows on them."""
+    first_leaf = 0
+    for peak in head.peaks:
+        level = (head.tree_size - first_leaf).bit_length() - 1
+        try:
+            stored = store.merkle_node(node_position(level, first_leaf >> level))
+        except IndexError as error:
+            raise LedgerError(path, f"{error}; {_RESTORE}") from error
+        if stored != peak:
+            raise LedgerError(path, f"the Merkle nodes up to leaf {first_leaf} are not the head's; {_RESTORE}")
+        first_leaf += 1 << level

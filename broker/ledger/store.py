@@ -77,10 +77,7 @@ class Store:
     @classmethod
     def open(cls, file: Path, durable: bool = True) -> "Store":
         """Open a ledger file for writing. Raises sqlite3.Error."""
-        store = cls(_connect(file))
-        if not durable:
-            store._db.execute("PRAGMA synchronous = OFF")
-        return store
+        return cls(_connect(file, durable))
 
     @classmethod
     def open_read_only(cls, file: Path) -> "Store":
@@ -232,6 +229,10 @@ class Store:
         found = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
         return None if found is None else found[0]
 
+    def empty_log(self) -> None:
+        """Move what stands in the write-ahead log into the file, as far as no reader still needs the log."""
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+
     def has_schema(self) -> bool:
         """False for a file whose making was cut short."""
         return self._db.execute("SELECT 1 FROM sqlite_schema WHERE name = 'meta'").fetchone() is not None
@@ -332,10 +333,10 @@ class Store:
         return [text for (text,) in self._db.execute("PRAGMA integrity_check(10)") if text != "ok"]
 
 
-def _connect(file: Path) -> sqlite3.Connection:
+def _connect(file: Path, durable: bool) -> sqlite3.Connection:
     connection = sqlite3.connect(file, isolation_level=None)
-    connection.execute("PRAGMA journal_mode = WAL")
     # A commit that was answered survives a power cut: every commit waits for the disk.
-    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
+    connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA cache_size = -32768")
     return connection

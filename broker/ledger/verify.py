@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from broker.ledger.chain import Head, genesis_hash, validators_of
+from broker.ledger.directory import in_use
 from broker.ledger.merkle import nodes_in
 from broker.ledger.opening import charter_of
 from broker.ledger.receipts import SignedHead, verify_checkpoint, verify_signed_root
@@ -32,7 +33,7 @@ from broker.ledger.snapshot import BASE_FILE_NAME, Manifest, load_snapshot
 from broker.ledger.state import decode_key
 from broker.ledger.store import BASE, FILE_NAME, FORMAT, NETWORK, SIGNED_HEAD, LedgerError, Store
 from broker.ledger.trust import Trust
-from broker.ledger.wal import log_faults
+from broker.ledger.wal import log_fault
 from broker.protocol.errors import ProtocolError
 from broker.protocol.messages import Genesis
 
@@ -40,6 +41,11 @@ MAX_ERRORS: Final = 100
 """More errors than these say nothing new."""
 
 WORK_FILE_NAME: Final = "replayed.sqlite3"
+
+_DAMAGED_LOG: Final = (
+    "if power failed while it was written, start the ledger once, which removes the unfinished rest or refuses to; else"
+    " blocks may be missing: compare the height with a checkpoint"
+)
 
 _ROWS_AT_ONCE: Final = 1_000
 _HELP_FROM_BYTES: Final = 4 * 2**20
@@ -103,7 +109,10 @@ def verify_ledger(
     file = path / FILE_NAME
     if not file.is_file():
         raise LedgerError(path, f"holds no {FILE_NAME}; give the ledger's directory")
-    errors = log_faults(path)
+    errors = []
+    damage = None if in_use(path) else log_fault(path)
+    if damage is not None:
+        errors.append(f"{damage.what}; {_DAMAGED_LOG}")
     try:
         store = Store.open_read_only(file)
     except sqlite3.Error as error:

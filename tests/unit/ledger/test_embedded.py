@@ -3,8 +3,10 @@
 import os
 import sqlite3
 from collections.abc import Iterator
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.ledger_world import (
@@ -296,7 +298,17 @@ def test_a_file_that_was_being_made_when_the_power_went_is_made_again(tmp_path: 
         ("UPDATE blocks SET raw = zeroblob(9) WHERE height = 2", "head does not hold"),
         ("UPDATE meta SET value = zeroblob(9) WHERE name = 'head'", "head does not hold"),
         ("DELETE FROM meta WHERE name = 'head'", "head does not hold"),
+        ("UPDATE blocks SET height = 9 WHERE height = 2", "does not agree with block 9"),
         ("UPDATE meta SET value = x'63' WHERE name = 'format'", "not of format"),
+        ("DELETE FROM meta WHERE name = 'format'", "not of format"),
+        ("UPDATE meta SET value = x'a0' WHERE name = 'genesis'", "founded on another genesis"),
+        ("DELETE FROM nodes", "Merkle node .* is not stored"),
+        ("DELETE FROM nodes WHERE first > 0", "Merkle node .* is not stored"),
+        ("UPDATE nodes SET hashes = zeroblob(length(hashes)) WHERE first > 0", "Merkle nodes up to leaf"),
+        ("UPDATE nodes SET hashes = zeroblob(length(hashes)) WHERE first = 0", "Merkle nodes up to leaf"),
+        ("UPDATE nodes SET hashes = x'00'", "Merkle node .* is not stored"),
+        ("DROP TABLE nodes", "restore the ledger"),
+        ("DROP TABLE blocks", "restore the ledger"),
     ],
 )
 def test_a_head_that_does_not_agree_is_refused_at_start(tmp_path: Path, damage: str, complaint: str) -> None:
@@ -306,6 +318,44 @@ def test_a_head_that_does_not_agree_is_refused_at_start(tmp_path: Path, damage: 
     database.close()
     with pytest.raises(LedgerError, match=complaint):
         found(tmp_path)
+    with pytest.raises(LedgerError, match=complaint):
+        found(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"height": 3},
+        {"block_id": b"x" * 32},
+        {"state_hash": b"x" * 32},
+        {"tree_size": 9, "peaks": (b"x" * 32, b"y" * 32)},
+        {"peaks": (b"x" * 32, b"y" * 32)},
+    ],
+)
+def test_a_head_with_other_content_is_refused_at_start(tmp_path: Path, changes: dict[str, Any]) -> None:
+    engine = found(tmp_path)
+    forged = replace(engine.head, **changes)
+    engine.close()
+    with sqlite3.connect(tmp_path / FILE_NAME) as database:
+        database.execute("UPDATE meta SET value = ? WHERE name = 'head'", (forged.to_bytes(),))
+    database.close()
+    with pytest.raises(LedgerError, match="the head does not agree with block 2"):
+        found(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("by", "complaint"), [("b2", "not registered"), ("node", "the signature"), ("other", "not registered")]
+)
+def test_a_last_block_that_no_validator_signed_is_refused_at_start(tmp_path: Path, by: str, complaint: str) -> None:
+    engine = found(tmp_path)
+    (raw,) = engine.blocks(2)
+    engine.close()
+    forged = envelope.seal(Block.from_payload(envelope.parse(raw).payload), key(by), GENESIS.ledger, by)
+    if by == "node":
+        forged = forged[:-1] + bytes((forged[-1] ^ 1,))
+    with sqlite3.connect(tmp_path / FILE_NAME) as database:
+        database.execute("UPDATE blocks SET raw = ? WHERE height = 2", (forged,))
+    database.close()
     with pytest.raises(LedgerError, match=complaint):
         found(tmp_path)
 
