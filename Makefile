@@ -1,7 +1,8 @@
 # Everything a person does with a checkout: `make help` lists it. Needs make and, where packages are missing, root or sudo.
 #
-# What is missing is installed first: mosquitto and Python's venv module from Debian (deploy/setup/debian-packages), the
-# rest into .venv. A stamp file remembers what .venv holds; changing setup.cfg or pyproject.toml installs again.
+# What is missing is installed first: mosquitto and Python's venv module from Debian (deploy/setup/debian-packages),
+# CometBFT built into .tools (deploy/setup/cometbft), the rest into .venv. A stamp file remembers what .venv holds;
+# changing setup.cfg or pyproject.toml installs again.
 
 PYTHON ?= python3
 LEDGER ?= embedded
@@ -14,14 +15,18 @@ FUZZ_SECONDS ?= 600
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long fuzz mutate lint bench clean system
+.PHONY: help setup demo test test-long fuzz mutate lint bench clean system cometbft
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
 
 setup: $(VENV)/.stamp-dev system ## install everything that the demo, the tests and the benchmarks need
+	@deploy/setup/cometbft $(BIN)/python || echo "going on without CometBFT: the tests of a ledger network will be skipped"
 
-demo: $(VENV)/.stamp-runtime system ## the main job on real readings (LEDGER=embedded, SERVE=1 stays up)
+cometbft: $(BIN)/python ## build CometBFT, which a ledger network runs on
+	@deploy/setup/cometbft $(BIN)/python
+
+demo: $(VENV)/.stamp-runtime system $(if $(filter cometbft,$(LEDGER)),cometbft) ## the main job on real readings (LEDGER=cometbft, SERVE=1 stays up)
 	$(BIN)/python deploy/demo/run.py --ledger $(LEDGER) $(if $(filter-out 0,$(SERVE)),--serve)
 
 test: setup lint ## lint, types, import walls and all tests but the long ones
@@ -46,7 +51,7 @@ bench: setup ## measure; a table, and bench-out/bench.json
 	PYTHONPATH=tests $(BIN)/python -m bench.run
 
 clean: ## remove .venv and everything that demo, tests and benchmarks wrote
-	rm -rf $(VENV) .venv-oracle .venv-oracle.lock demo-out demo-out-embedded bench-out fuzz-out build dist *.egg-info
+	rm -rf $(VENV) .tools .venv-oracle .venv-oracle.lock demo-out demo-out-embedded bench-out fuzz-out build dist *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -7,6 +7,7 @@ the broker's database. `firmware_config/examples/broker.toml` is a commented exa
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from broker.protocol.errors import MalformedMessage
 from broker.protocol.keys import PublicKey, public_key_from_cose
@@ -36,11 +37,43 @@ class HostSection:
 
 
 @dataclass(frozen=True, slots=True)
+class GatewaySection:
+    """Present if this broker also serves the ledger of its network over MQTT, in the name of this validator."""
+
+    validator: Annotated[str, OneName()]
+    key_file: Path
+
+
+@dataclass(frozen=True, slots=True)
+class CometbftSection:
+    """The broker's own nodes of a ledger network, `http://HOST:PORT` each: the first that answers is asked.
+
+    `timeout_s`: how long an answer is waited for before the next node is asked.
+    """
+
+    nodes: tuple[str, ...]
+    timeout_s: Annotated[int, Between(1, 60)] = 3
+    gateway: GatewaySection | None = None
+
+    def __post_init__(self) -> None:
+        if not self.nodes:
+            raise WrongValue("nodes", "at least one http://HOST:PORT")
+        for url in self.nodes:
+            if urlsplit(url).scheme not in ("http", "https") or urlsplit(url).hostname is None:
+                raise WrongValue("nodes", f"http://HOST:PORT of each node, got {url!r}")
+
+
+@dataclass(frozen=True, slots=True)
 class LedgerSection:
-    """`genesis_file` says which ledger; without `host` the broker reaches it over MQTT."""
+    """`genesis_file` says which ledger; `host` or `cometbft` where it is. With neither it is reached over MQTT."""
 
     genesis_file: Path
     host: HostSection | None = None
+    cometbft: CometbftSection | None = None
+
+    def __post_init__(self) -> None:
+        if self.host is not None and self.cometbft is not None:
+            raise WrongValue("host", "either [ledger.host] or [ledger.cometbft], not both")
 
 
 @dataclass(frozen=True, slots=True)

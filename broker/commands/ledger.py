@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from broker.commands import copies, ledger_audit, ledger_compare, ledger_proofs, ledger_verify, privacy
+from broker.commands import copies, ledger_audit, ledger_compare, ledger_network, ledger_proofs, ledger_verify, privacy
 from broker.commands.common import DONE, add_command, add_group, named_key, plain, print_row
 from broker.config import load_genesis
 from broker.protocol.errors import MalformedMessage
@@ -64,6 +64,7 @@ def add_commands(commands: Any) -> None:
     copies.add_ledger_commands(group)
     privacy.add_ledger_commands(group)
     ledger_proofs.add_commands(group)
+    ledger_network.add_commands(group)
 
 
 def _ledger_genesis(options: argparse.Namespace) -> int:

@@ -164,7 +164,7 @@ class EmbeddedLedger:
         self._queue, self._queued_bytes = [], 0
         return Committed(tuple(raw for _, _, raw in blocks), tuple(results))
 
-    def open_view(self) -> HoldingsView:
+    def open_view(self, party: str | None = None) -> HoldingsView:
         """The holdings at the last committed block; close it when done."""
         return HoldingsView(self._path / FILE_NAME)
 

@@ -21,7 +21,7 @@ class ClientResult:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """What a commit made: sealed blocks in order, and an answer for every batch that was queued."""
+    """What a commit made: sealed blocks in order, and answers to batches."""
 
     blocks: tuple[bytes, ...]
     results: tuple[ClientResult, ...]
@@ -36,8 +36,16 @@ class HoldingsPage:
     next_cursor: bytes | None
 
 
+class NotYet(Exception):
+    """What was asked is being fetched from elsewhere: ask again after the next `commit`."""
+
+
 class View(Protocol):
-    """The holdings of all parties as of one height, while the engine goes on."""
+    """Holdings as of one height, while the engine goes on."""
+
+    @property
+    def party(self) -> str | None:
+        """The only party that it shows, None if it shows all."""
 
     @property
     def height(self) -> int:
@@ -62,7 +70,7 @@ class LedgerEngine(Protocol):
         """The height of the last committed block, 0 before any."""
 
     def signer(self, key_id: bytes) -> Signer | None:
-        """The registered party with that key, None if there is none."""
+        """The registered party with that key, None if there is none. Raises NotYet."""
 
     def submit(self, raw_batch: bytes) -> ClientResult | None:
         """Check a batch and queue it; an answer only where there is one at once.
@@ -71,13 +79,17 @@ class LedgerEngine(Protocol):
         """
 
     def commit(self) -> Committed:
-        """Apply all queued batches in order and write them durably."""
+        """Get queued batches on their way, and say what has become known since the last call.
 
-    def open_view(self) -> View:
-        """The holdings at the last committed block."""
+        The embedded engine applies them and writes them durably at once; a network's blocks and answers come later, and
+        those of others with them.
+        """
+
+    def open_view(self, party: str) -> View:
+        """The holdings at the last committed block, at least those of `party`. Raises NotYet."""
 
     def blocks(self, from_height: int) -> Iterator[bytes]:
-        """Sealed blocks from that height on, in order."""
+        """Sealed blocks from that height on, in order. Raises NotYet."""
 
-    def checkpoint(self) -> bytes:
-        """The sealed Checkpoint of the head."""
+    def checkpoint(self) -> bytes | None:
+        """The sealed Checkpoint of the head, None before it is known."""

@@ -5,14 +5,15 @@ what was waiting, publishes what it returns, and only then acknowledges the mess
 uses it like everybody else.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
-from broker.ledger.engine import ClientResult, LedgerEngine, View
-from broker.ledger.limits import MAX_VIEW_AGE, MAX_VIEWS
+from broker.ledger.engine import ClientResult, LedgerEngine, NotYet, View
+from broker.ledger.limits import MAX_VIEW_AGE, MAX_VIEWS, MAX_WAITING_QUERIES
 from broker.protocol import cbor, envelope
 from broker.protocol.codec import Bytes, Row, Unsigned
-from broker.protocol.errors import MalformedMessage
+from broker.protocol.errors import MalformedMessage, ProtocolError
 from broker.protocol.keys import PrivateKey
 from broker.protocol.limits import MAX_BLOCK_BYTES
 from broker.protocol.messages import Message, MessageType, Page, Query, QueryKind
@@ -50,11 +51,12 @@ class Gateway:
         self._topics = topics
         self._name = name
         self._key = key
-        self._views: dict[int, _SharedView] = {}
+        self._views: dict[tuple[int, str | None], _SharedView] = {}
+        self._waiting: dict[bytes, None] = {}
 
     def start(self) -> list[Outgoing]:
-        """What to publish at start and after each reconnect: the retained checkpoint."""
-        return [self._checkpoint()]
+        """What to publish at start and after each reconnect: the retained checkpoint, if it is known."""
+        return self._checkpoint()
 
     def close(self) -> None:
         """Let go of everything that is being paged out; the clients begin again."""
@@ -74,6 +76,16 @@ class Gateway:
             return [] if refused is None else [self._result(refused)]
         if message_type is not MessageType.QUERY:
             raise MalformedMessage("ledger submit", f"a batch or a query, got a {message_type.name.lower()}")
+        try:
+            return self._answers(payload)
+        except NotYet:
+            # What is displaced is asked again by its client.
+            while len(self._waiting) >= MAX_WAITING_QUERIES:
+                del self._waiting[next(iter(self._waiting))]
+            self._waiting[payload] = None
+            return []
+
+    def _answers(self, payload: bytes) -> list[Outgoing]:
         opened = envelope.open_envelope(payload, self._engine.ledger, self._engine.signer)
         assert isinstance(opened.message, Query)
         page = self._page(opened.sender, opened.message)
@@ -82,15 +94,20 @@ class Gateway:
     def commit(self) -> list[Outgoing]:
         """Commit what is queued; returns blocks for the feed, the answers, and the new checkpoint.
 
-        Raises LedgerError if the disk refuses; what was queued stays queued.
+        Queries that the engine could not answer at once are tried again. Raises LedgerError if the disk refuses; what
+        was queued stays queued.
         """
         committed = self._engine.commit()
         feed = self._topics.ledger_feed(self._engine.ledger)
         outgoing = [Outgoing(feed, block, 1, False) for block in committed.blocks]
         outgoing += [self._result(result) for result in committed.results]
         if committed.blocks:
-            outgoing.append(self._checkpoint())
+            outgoing += self._checkpoint()
             self._drop_old_views()
+        waiting, self._waiting = self._waiting, {}
+        for payload in waiting:
+            with suppress(ProtocolError):  # Nobody registered has signed it, as has turned out now.
+                outgoing += self.on_message(payload)
         return outgoing
 
     def _result(self, answer: ClientResult) -> Outgoing:
@@ -100,10 +117,11 @@ class Gateway:
         raw = envelope.seal(message, self._key, self._engine.ledger, self._name)
         return Outgoing(self._topics.ledger_result(self._engine.ledger, client), raw, 1, False)
 
-    def _checkpoint(self) -> Outgoing:
+    def _checkpoint(self) -> list[Outgoing]:
         topic = self._topics.ledger_checkpoint(self._engine.ledger)
+        raw = self._engine.checkpoint()
         # QoS 0: the next one says more, and a new connection is told the last.
-        return Outgoing(topic, self._engine.checkpoint(), 0, True)
+        return [] if raw is None else [Outgoing(topic, raw, 0, True)]
 
     def _page(self, client: str, query: Query) -> Page | None:
         if query.kind is QueryKind.BLOCKS:
@@ -130,13 +148,14 @@ class Gateway:
         height, position = None, None
         if query.cursor is not None:
             height, position = _CURSOR.decode(cbor.decode(query.cursor, "cursor", 256), "cursor")
-        shared = self._views.get(self._engine.height if height is None else height)
+        wanted = self._engine.height if height is None else height
+        shared = self._views.get((wanted, None)) or self._views.get((wanted, client))
         if shared is None:
             self._leave(client)
             if len(self._views) >= MAX_VIEWS:
                 return None
-            shared = _SharedView(self._engine.open_view())
-            self._views[shared.view.height] = shared
+            shared = _SharedView(self._engine.open_view(client))
+            self._views[shared.view.height, shared.view.party] = shared
         elif client not in shared.clients:
             self._leave(client)
         shared.clients.add(client)
@@ -151,12 +170,12 @@ class Gateway:
 
     def _leave(self, client: str) -> None:
         """The client has its last page, or begins at another height. A view that nobody needs any more is closed."""
-        for height, shared in list(self._views.items()):
+        for key, shared in list(self._views.items()):
             shared.clients.discard(client)
             if not shared.clients:
                 shared.view.close()
-                del self._views[height]
+                del self._views[key]
 
     def _drop_old_views(self) -> None:
-        for height in [height for height in self._views if self._engine.height - height > MAX_VIEW_AGE]:
-            self._views.pop(height).view.close()
+        for key in [key for key in self._views if self._engine.height - key[0] > MAX_VIEW_AGE]:
+            self._views.pop(key).view.close()

@@ -39,6 +39,10 @@ class HoldingsView:
             raise LedgerError(file.parent, f"cannot be read: {error}; run `energy-broker ledger verify`") from error
 
     @property
+    def party(self) -> None:
+        """It shows all parties."""
+
+    @property
     def height(self) -> int:
         """The height that every page is true at."""
         return self._height

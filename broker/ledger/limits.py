@@ -72,3 +72,6 @@ MAX_INTRODUCTION_BYTES: Final = 4_096
 
 RESEND_TO_NEW_NODE_S: Final = 0.2
 """The same where a checkpoint shows that a node has come up which may have missed what was sent before."""
+
+MAX_WAITING_QUERIES: Final = 64
+"""Queries that wait until the engine has fetched their answer from elsewhere."""

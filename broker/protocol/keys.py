@@ -69,6 +69,13 @@ class PublicKey:
             return False
         return True
 
+    def ed25519_bytes(self) -> bytes:
+        """The 32 bytes of an Ed25519 key, as other programs write it. Raises ValueError for another algorithm."""
+        if self.algorithm is not Algorithm.ED25519:
+            raise ValueError("not an Ed25519 key")
+        raw: bytes = self._key.public_bytes_raw()
+        return raw
+
 
 @dataclass(frozen=True, slots=True)
 class PrivateKey:
@@ -84,6 +91,13 @@ class PrivateKey:
             return signature
         r, s = decode_dss_signature(self._key.sign(message, ec.ECDSA(hashes.SHA256(), deterministic_signing=True)))
         return r.to_bytes(32, "big") + min(s, P256_ORDER - s).to_bytes(32, "big")
+
+    def ed25519_seed(self) -> bytes:
+        """The 32 secret bytes of an Ed25519 key, for another program's key file. Raises ValueError for P-256."""
+        if self.public.algorithm is not Algorithm.ED25519:
+            raise ValueError("not an Ed25519 key")
+        seed: bytes = self._key.private_bytes_raw()
+        return seed
 
 
 def generate_private_key(algorithm: Algorithm = Algorithm.ED25519) -> PrivateKey:

@@ -16,9 +16,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from types import FrameType
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
-from broker.config import BrokerConfig, load_genesis, parse_public_key
+from broker.config import BrokerConfig, CometbftSection, load_genesis, parse_public_key
 from broker.ledger.client import BlockApplied, LedgerClient, TooManyPending
 from broker.ledger.embedded import EmbeddedLedger
 from broker.ledger.gateway import Gateway, Outgoing
@@ -32,6 +32,9 @@ from broker.service.core import Broker
 from broker.service.outputs import Identity, Publication
 from broker.service.store import BrokerStore
 from firmware_config.loader import ConfigError
+
+if TYPE_CHECKING:
+    from broker.ledger.cometbft.engine import CometbftLedger
 
 LOG: Final = logging.getLogger("energy-broker")
 LONGEST_WAIT_S: Final = 1.0
@@ -135,7 +138,11 @@ class BrokerService:
         self._calendar_s = calendar_s
         self._cursor = self._store.ledger_cursor()
         self._client = LedgerClient(genesis, self._name, key, random_bytes, resume=self._cursor)
+        self._network: CometbftLedger | None = None
         self._gateway = self._open_gateway(config, genesis, stack)
+        self._serves = config.ledger.host is not None or (
+            config.ledger.cometbft is not None and config.ledger.cometbft.gateway is not None
+        )
         will = self._identity.seal(BrokerStatus(self._name, False, 0, version("dengen")))
         self._link = open_link(
             config.mqtt,
@@ -144,6 +151,8 @@ class BrokerService:
             will=(self._topics.broker_status(self._name), will),
         )
         stack.callback(self._link.close)
+        if self._network is not None:
+            self._network.start(self._link.wake)
         self._conductor = self._conductor_signer(genesis)
         self._tick: Tick | None = None
         self._report: Report | None = None
@@ -154,6 +163,8 @@ class BrokerService:
         self._busy = True
 
     def _open_gateway(self, config: BrokerConfig, genesis: Genesis, stack: contextlib.ExitStack) -> Gateway | None:
+        if config.ledger.cometbft is not None:
+            return self._join_network(config.ledger.cometbft, genesis, stack)
         host = config.ledger.host
         if host is None:
             return None
@@ -161,6 +172,24 @@ class BrokerService:
         engine = EmbeddedLedger(host.path, genesis, host.validator, key)
         stack.callback(engine.close)
         gateway = Gateway(engine, self._topics, host.validator, key)
+        stack.callback(gateway.close)
+        return gateway
+
+    def _join_network(self, network: CometbftSection, genesis: Genesis, stack: contextlib.ExitStack) -> Gateway:
+        from broker.ledger.cometbft.engine import CometbftLedger
+        from broker.ledger.cometbft.rpc import HttpNode
+
+        nodes = [HttpNode(url, network.timeout_s) for url in network.nodes]
+        own = Signer(self._name, self._identity.key.public)
+        known_height = 0 if self._cursor is None else self._cursor[0]
+        self._network = CometbftLedger(genesis, nodes, own, known_height=known_height)
+        stack.callback(self._network.close)
+        if network.gateway is None:
+            # Only this broker hears it, so it may sign its answers as itself.
+            gateway = Gateway(self._network, self._topics, self._name, self._identity.key)
+        else:
+            key = load_private_key(network.gateway.key_file)
+            gateway = Gateway(self._network, self._topics, network.gateway.validator, key)
         stack.callback(gateway.close)
         return gateway
 
@@ -176,7 +205,7 @@ class BrokerService:
             filters.append((self._topics.ledger_result(ledger, self._name), 1))
             filters.append((self._topics.ledger_feed(ledger), 1))
             filters.append((self._topics.ledger_checkpoint(ledger), 1))
-        else:
+        elif self._serves:
             filters.append((self._topics.ledger_submit(ledger), 1))
         if self._simulated:
             filters.append((self._topics.time, 1))
@@ -343,7 +372,7 @@ class BrokerService:
     def _publish(self, outputs: list[Publication], answers: list[Outgoing]) -> None:
         own = self._topics.ledger_result(self._genesis.ledger, self._name)
         for outgoing in answers:
-            if outgoing.topic != own:
+            if self._serves and outgoing.topic != own:
                 self._link.publish(outgoing.topic, outgoing.payload, qos=outgoing.qos, retain=outgoing.retain)
         for publication in outputs:
             self._link.publish(publication.topic, publication.payload, qos=publication.qos, retain=publication.retain)

@@ -1,9 +1,10 @@
 """The demo: a week of real readings through agents, two brokers and a ledger, in less than a minute.
 
-    python deploy/demo/run.py [--ledger embedded] [--out demo-out] [--serve]
+    python deploy/demo/run.py [--ledger embedded|cometbft] [--intervals N] [--out demo-out] [--serve]
 
-Everything runs as a process of its own on this machine: a mosquitto, two brokers (one hosts the ledger), an agent for
-each meter, and a street of meters that are simulated only at the wire. `scenario.py` says who takes part. Keys, genesis
+Everything runs as a process of its own on this machine: a mosquitto, two brokers (one hosts the ledger, or four
+validators keep it, of which one loses its power on the way), an agent for each meter, and a street of meters that are
+simulated only at the wire. `scenario.py` says who takes part. Keys, genesis
 and contracts are made afresh. Results go to `--out`: summary.json, ledger/, trust.json. Exit codes: 0 all of it ran and
 the ledger verifies, 1 not, 2 wrong usage or something missing on this machine.
 """
@@ -17,22 +18,26 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, Final
 
 from dengen_testing.books import summarize
+from dengen_testing.cometbft import Network
 from dengen_testing.conductor import ConductorStalled
 from dengen_testing.market import CommandFailed, Market, MarketPlan, Workspace, build_market, energy_broker
 from dengen_testing.mosquitto import Mosquitto, MosquittoMissing
 from dengen_testing.processes import ProcessEnded
 from dengen_testing.waiting import WaitedTooLong
-from scenario import demo_plan
+from scenario import INTERVALS, demo_plan
 from table import progress_line, summary_table
 
+from broker.ledger.cometbft.binary import CometbftMissing, find_cometbft
 from broker.protocol.messages import Tick
 
 LOCAL_TIME: Final = timezone(timedelta(hours=10))
+VALIDATORS: Final = 4
 PROGRESS_EVERY_S: Final = 0.5
 PROGRESS_EVERY_S_IN_A_LOG: Final = 5.0
 
@@ -41,13 +46,15 @@ def main() -> int:
     options = _options()
     # So that every process is stopped on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    plan = demo_plan()
+    plan = demo_plan(options.intervals, VALIDATORS if options.ledger == "cometbft" else 0)
     started_s = time.monotonic()
     _clear(options.out)
     with tempfile.TemporaryDirectory(prefix="dengen-demo-") as folder:
         try:
+            if plan.validators:
+                find_cometbft()
             summary = _run(plan, Path(folder), options.out, started_s, serve=options.serve)
-        except MosquittoMissing as error:
+        except (MosquittoMissing, CometbftMissing) as error:
             return _say(2, error)
         except (CommandFailed, ConductorStalled, ProcessEnded, WaitedTooLong) as error:
             # The work folder goes; what a reader of the message needs of it stays.
@@ -58,10 +65,18 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--ledger", choices=("embedded",), default="embedded", help="the ledger's engine")
+    parser.add_argument(
+        "--ledger", choices=("embedded", "cometbft"), default="embedded", help="the ledger's engine (default: embedded)"
+    )
+    parser.add_argument(
+        "--intervals", type=int, default=INTERVALS, metavar="N", help="only the first N half hours (default: the week)"
+    )
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="where results go (default: demo-out)")
     parser.add_argument("--serve", action="store_true", help="keep everything running at the end, until Ctrl-C")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if not 1 <= options.intervals <= INTERVALS:
+        parser.error(f"--intervals: expected 1 to {INTERVALS}")
+    return options
 
 
 def _run(plan: MarketPlan, folder: Path, out: Path, started_s: float, *, serve: bool) -> dict[str, Any]:
@@ -70,12 +85,16 @@ def _run(plan: MarketPlan, folder: Path, out: Path, started_s: float, *, serve: 
         workspace = build_market(plan, folder / "work", (out / "ledger").resolve(), mqtt)
         _write_trust(workspace, out)
         with Market(workspace, mqtt) as market:
-            market.run(on_progress=_progress(plan, started_s))
+            show = _progress(plan, started_s)
+            market.run(on_progress=show if market.network is None else _with_a_power_cut(plan, market.network, show))
             print(file=sys.stderr)
             if serve:
                 _serve(mosquitto)
     # The brokers have ended in good order, so their exports and the ledger are at rest.
-    summary = summarize(workspace, "embedded", time.monotonic() - started_s)
+    if plan.validators:
+        shutil.copytree(workspace.ledger, out / "ledger")
+        workspace = replace(workspace, ledger=out / "ledger")
+    summary = summarize(workspace, "cometbft" if plan.validators else "embedded", time.monotonic() - started_s)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(summary_table(summary))
     print(f"results        {out}/summary.json, {out}/ledger, {out}/trust.json")
@@ -113,6 +132,27 @@ def _progress(plan: MarketPlan, started_s: float) -> Callable[[Tick], None]:
         print(f"\r{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
 
     return show
+
+
+def _with_a_power_cut(plan: MarketPlan, network: Network, show: Callable[[Tick], None]) -> Callable[[Tick], None]:
+    """Shows progress, and has one validator lose its power after a third of the time and come back after a half."""
+    victim = network.nodes[1]  # *west* asks it first, so it has to turn to another one.
+    cut_s, back_s = (plan.origin_s + plan.intervals * plan.interval_s // part for part in (3, 2))
+    off = False
+
+    def on_tick(tick: Tick) -> None:
+        nonlocal off
+        show(tick)
+        if not off and cut_s <= tick.time_s < back_s:
+            off = True
+            victim.kill()
+            print(f"\n{victim.name} has lost its power", file=sys.stderr)
+        elif off and tick.time_s >= back_s:
+            off = False
+            victim.start()
+            print(f"\n{victim.name} is started again, and catches up", file=sys.stderr)
+
+    return on_tick
 
 
 def _serve(mosquitto: Mosquitto) -> None:

@@ -51,8 +51,8 @@ def wind_wh(i: int) -> int:
     return 1_900 + 10 * abs(i % 144 - 72)
 
 
-def demo_plan(intervals: int = INTERVALS) -> MarketPlan:
-    """The demo's market; fewer `intervals` for tests that need only its beginning."""
+def demo_plan(intervals: int = INTERVALS, validators: int = 0) -> MarketPlan:
+    """The demo's market; fewer `intervals` for tests that need only its beginning. 0 `validators`: *east* hosts."""
 
     def counted(energies_wh: tuple[int, ...]) -> tuple[int, ...]:
         return energies_wh[:intervals]
@@ -127,4 +127,5 @@ def demo_plan(intervals: int = INTERVALS) -> MarketPlan:
         origin_s=ORIGIN_S,
         intervals=intervals,
         interval_s=INTERVAL_S,
+        validators=validators,
     )

@@ -10,15 +10,18 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
 from broker.cli import main as energy_broker_main
+from broker.ledger.cometbft.home import LEDGER_FOLDER
+from broker.ledger.cometbft.testnet import load_testnet
 from broker.protocol.keys import load_private_key
 from broker.protocol.messages import Tick
 from broker.protocol.mqtt_link import MqttConfig
+from dengen_testing.cometbft import Network
 from dengen_testing.conductor import DEFAULT_STALL_LIMIT_S, Conductor
 from dengen_testing.processes import ManagedProcess, ProcessGroup, agent_process, broker_process, street_process
 from dengen_testing.waiting import wait_until
@@ -84,7 +87,7 @@ class DevicePlan:
 
 @dataclass(frozen=True, slots=True)
 class MarketPlan:
-    """Everybody who takes part, and when. `host` hosts the ledger.
+    """Everybody who takes part, and when. `host` hosts the ledger, unless `validators` (a number of nodes) keep it.
 
     Brokers that have meters are each other's neighbours; one that has none is there for the ledger only.
     """
@@ -100,6 +103,7 @@ class MarketPlan:
     gate_1_s: int = 600
     gate_2_s: int = 1_200
     area: str = "home"
+    validators: int = 0
 
     @property
     def end_s(self) -> int:
@@ -122,6 +126,13 @@ class MarketPlan:
         return tuple(broker for broker in self.brokers if broker in trading)
 
     @property
+    def validator_names(self) -> tuple[str, ...]:
+        """Who signs the ledger's blocks."""
+        if not self.validators:
+            return (f"{self.host}-ledger",)
+        return tuple(f"validator-{number + 1}" for number in range(self.validators))
+
+    @property
     def readers(self) -> tuple[str, ...]:
         """The protocols by which meters are read, sorted."""
         return tuple(sorted({meter.wire for meter in self.meters}))
@@ -129,7 +140,10 @@ class MarketPlan:
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """Where everything of one market lies: keys, statements, configs, databases and logs in `folder`."""
+    """Where everything of one market lies: keys, statements, configs, databases and logs in `folder`.
+
+    `ledger` is the directory that `ledger verify` takes: the hosting broker's, or the first node's of a network.
+    """
 
     folder: Path
     ledger: Path
@@ -142,6 +156,11 @@ class Workspace:
 
     def key(self, name: str) -> Path:
         return self.folder / f"{name}.pem"
+
+    @property
+    def network(self) -> Path:
+        """Where the nodes of a ledger network have their homes."""
+        return self.folder / "network"
 
 
 def energy_broker(*arguments: str | Path) -> str:
@@ -168,12 +187,14 @@ def table(config: Path, name: str) -> Iterator[dict[str, Any]]:
 def build_market(plan: MarketPlan, folder: Path, ledger: Path, mqtt: MqttConfig) -> Workspace:
     """Make keys, genesis, statements, contracts and configs in `folder`. Raises CommandFailed.
 
-    `ledger` is where the hosting broker will keep the ledger; `mqtt` is the server for all.
+    `ledger` is where the hosting broker will keep the ledger, if no network does; `mqtt` is the server for all.
     """
     folder.mkdir(parents=True, exist_ok=True)
     workspace = Workspace(folder, ledger, folder / "genesis.cbor", plan)
     keys = _make_keys(workspace)
     _make_genesis(workspace, keys)
+    if plan.validators:
+        workspace = replace(workspace, ledger=_make_network(workspace))
     for broker in plan.brokers:
         workspace.config(broker).write_text(_broker_config(workspace, keys, broker, mqtt))
         # A broker has one registration of its own; those of its providers come with the mandates.
@@ -197,6 +218,7 @@ class Market:
         self.street = street_process(workspace.config(STREET))
         self.brokers = {name: broker_process(workspace.config(name)) for name in plan.brokers}
         self.agents = {meter.name: agent_process(workspace.config(meter.name)) for meter in plan.meters}
+        self.network = Network(workspace.network) if plan.validators else None
         self._processes = ProcessGroup()
         self._looked_after_s = 0.0
         self._conductor = Conductor(
@@ -209,7 +231,9 @@ class Market:
         return {STREET: self.street, **self.brokers, **self.agents}
 
     def start(self) -> Self:
-        """Start the street, and when its meters answer, everybody else."""
+        """Start the ledger's network, if there is one, and the street, and when they answer, everybody else."""
+        if self.network is not None:
+            self.network.start()
         self._processes.add(self.street).start()
         wait_until(self._street_is_ready, "the street's meters", detail=self.street.log_tail)
         for meter in self.workspace.plan.meters:
@@ -237,6 +261,8 @@ class Market:
     def stop(self) -> None:
         """Stop everything; brokers and ledger are then at rest on disk."""
         self._processes.stop()
+        if self.network is not None:
+            self.network.stop()
 
     def __enter__(self) -> Self:
         return self.start()
@@ -264,7 +290,7 @@ class Market:
 def _make_keys(workspace: Workspace) -> dict[str, str]:
     """A private key for each party, meter and role; returns the public ones in hex."""
     plan = workspace.plan
-    names = [REGISTRAR, CONDUCTOR, _validator(plan), *plan.brokers]
+    names = [REGISTRAR, CONDUCTOR, *plan.validator_names, *plan.brokers]
     names += sorted({device.owner for device in plan.devices})
     names += [meter.name for meter in plan.meters]
     return {name: energy_broker("key", "new", workspace.key(name)).strip() for name in names}
@@ -276,9 +302,19 @@ def _make_genesis(workspace: Workspace, keys: dict[str, str]) -> None:
         *("ledger", "genesis", "--out", workspace.genesis, "--ledger", plan.ledger),
         *("--interval-s", str(plan.interval_s), "--gate-1-s", str(plan.gate_1_s), "--gate-2-s", str(plan.gate_2_s)),
         *("--area", plan.area, "--registrar", f"{REGISTRAR}={keys[REGISTRAR]}"),
-        *("--validator", f"{_validator(plan)}={keys[_validator(plan)]}"),
+        *(argument for name in plan.validator_names for argument in ("--validator", f"{name}={keys[name]}")),
         *("--conductor", f"{CONDUCTOR}={keys[CONDUCTOR]}"),
     )
+
+
+def _make_network(workspace: Workspace) -> Path:
+    """Homes for the nodes of a ledger network; returns the directory of the first one's ledger."""
+    folder = workspace.network
+    energy_broker(
+        *("ledger", "testnet", "--path", folder, "--genesis", workspace.genesis),
+        *("--keys", workspace.folder, "--set-up-only"),
+    )
+    return load_testnet(folder)[0].home / LEDGER_FOLDER
 
 
 def _register(workspace: Workspace, keys: dict[str, str], party: str, role: str) -> Path:
@@ -334,12 +370,21 @@ port = {mqtt.port}
 [ledger]
 genesis_file = "{workspace.genesis.name}"
 """
-    if broker == plan.host:
+    if plan.validators:
+        # Each broker has a node of its own first, and the others to turn to.
+        first = plan.brokers.index(broker)
+        urls = [node.rpc for node in load_testnet(workspace.network)]
+        text += f"""
+[ledger.cometbft]
+nodes = {json.dumps(urls[first:] + urls[:first])}
+"""
+    elif broker == plan.host:
+        (validator,) = plan.validator_names
         text += f"""
 [ledger.host]
 path = {json.dumps(str(workspace.ledger))}
-validator = "{_validator(plan)}"
-key_file = "{workspace.key(_validator(plan)).name}"
+validator = "{validator}"
+key_file = "{workspace.key(validator).name}"
 """
     for neighbour in plan.trading_brokers:
         if broker in plan.trading_brokers and neighbour != broker:
@@ -425,7 +470,3 @@ def _street(workspace: Workspace, keys: dict[str, str], mqtt: MqttConfig) -> dic
         "mqtt": {"host": mqtt.host, "port": mqtt.port, "root": mqtt.root},
         "meters": meters,
     }
-
-
-def _validator(plan: MarketPlan) -> str:
-    return f"{plan.host}-ledger"

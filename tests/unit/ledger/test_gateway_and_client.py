@@ -434,7 +434,7 @@ def test_clients_that_begin_at_one_height_share_a_view(net: Net, monkeypatch: py
     net.engine.commit()
     opened: list[int] = []
     open_view = embedded.EmbeddedLedger.open_view
-    monkeypatch.setattr(embedded.EmbeddedLedger, "open_view", lambda self: opened.append(1) or open_view(self))
+    monkeypatch.setattr(embedded.EmbeddedLedger, "open_view", lambda self, party: opened.append(1) or open_view(self))
     monkeypatch.setattr(holdings_view, "MAX_HOLDINGS_ON_PAGE", 2)
     first, second = net.join("b1"), net.join("b2")
     net.settle()

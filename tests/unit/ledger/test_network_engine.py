@@ -1,0 +1,225 @@
+"""The engine of a ledger network as a gateway uses it: nothing waits for the network, news wake the loop."""
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from dengen_testing.waiting import wait_until
+from support import ledger_world as world
+from support.comet_network import FakeNetwork
+
+from broker.ledger.client import BatchCommitted, BatchRefused, BlockApplied, Event, HoldingsLoaded, LedgerClient
+from broker.ledger.cometbft.engine import CometbftLedger
+from broker.ledger.cometbft.rpc import Checked
+from broker.ledger.engine import NotYet
+from broker.ledger.gateway import Gateway
+from broker.protocol import cbor, envelope
+from broker.protocol.envelope import Signer
+from broker.protocol.errors import ProtocolError
+from broker.protocol.messages import Query, QueryKind
+from broker.protocol.topics import Topics
+
+B1, B2 = world.SET_UP
+TOPICS = Topics("dengen/v1")
+
+
+@pytest.fixture
+def network(tmp_path: Path) -> Iterator[FakeNetwork]:
+    made = FakeNetwork(tmp_path, "v1", "v2")
+    yield made
+    made.close()
+
+
+class Turns:
+    """An engine whose worker does not run: the test lets it take its turns, so nothing depends on threads."""
+
+    def __init__(self, network: FakeNetwork, party: str = "b1", gateway_as: str | None = None) -> None:
+        own = Signer(party, world.key(party).public)
+        self.engine = CometbftLedger(network.genesis, network.nodes, own)
+        self.gateway = Gateway(self.engine, TOPICS, gateway_as or party, world.key(gateway_as or party))
+        self.client = LedgerClient(network.genesis, party, world.key(party), world.counting_bytes())
+        self.events: list[Event] = []
+        self.now_s = 0.0
+
+    def turn(self) -> None:
+        """One turn of a broker's loop, and one of the worker."""
+        self.now_s += 0.1
+        answers = []
+        for raw in self.client.tick(self.now_s):
+            answers += self.gateway.on_message(raw)
+        answers += self.gateway.commit()
+        for outgoing in answers:
+            self.client.on_message(outgoing.topic.split("/")[4], outgoing.payload)
+        self.events += self.client.events()
+        self.engine.work_once(self.now_s)
+
+
+def test_a_broker_loads_submits_and_follows_through_its_gateway(network: FakeNetwork) -> None:
+    desk = Turns(network)
+    for _ in range(4):
+        desk.turn()
+    assert desk.events == [HoldingsLoaded(0, ())]
+    batch_id = desk.client.submit(B1)
+    desk.turn()
+    desk.turn()
+    network.make_block()
+    for _ in range(3):
+        desk.turn()
+    assert desk.events[1:] == [BatchCommitted(batch_id, 1), BlockApplied(1)]
+    assert desk.client.pending == 0
+
+
+def test_a_late_broker_begins_with_its_holdings_and_the_block_that_they_rest_on(network: FakeNetwork) -> None:
+    first = Turns(network)
+    first.client.submit(B1)
+    first.turn()
+    network.make_block()
+    first.turn()
+    first.client.submit(world.batch(world.issue("solar-1", 100), world.take("solar-1", 0, 60)))
+    first.turn()
+    network.make_block()
+    late = Turns(network)
+    for _ in range(8):
+        late.turn()
+    (loaded,) = [event for event in late.events if isinstance(event, HoldingsLoaded)]
+    assert (loaded.height, [holding.to_wh for holding in loaded.holdings]) == (2, [60])
+    assert late.client.loaded
+    assert late.client.height == 2
+
+
+def test_a_refused_batch_is_told_to_the_broker(network: FakeNetwork) -> None:
+    desk = Turns(network)
+    desk.client.submit(B1)
+    desk.turn()
+    network.make_block()
+    desk.client.submit(world.batch(world.take("solar-1", 0, 60)))
+    for _ in range(3):
+        desk.turn()
+        network.make_block()
+    for _ in range(4):
+        desk.turn()
+    (refused,) = [event for event in desk.events if isinstance(event, BatchRefused)]
+    assert not refused.transient
+
+
+def test_what_must_be_fetched_is_answered_after_a_later_commit(network: FakeNetwork) -> None:
+    desk = Turns(network, party="b2", gateway_as="v1")
+    network.nodes[0].submit(B1)
+    network.make_block()
+    # A foreign broker asks over MQTT; who it is has to be asked first, then what it holds.
+    query = envelope.seal(Query(b"q" * 8, QueryKind.HOLDINGS, None, None), world.key("b1"), world.LEDGER, "b1")
+    assert desk.gateway.on_message(query) == []
+    answers = []
+    for _ in range(4):
+        desk.engine.work_once(desk.now_s)
+        answers += [outgoing for outgoing in desk.gateway.commit() if outgoing.topic.endswith("/result/b1")]
+    assert len([outgoing for outgoing in answers if _kind(outgoing.payload) == "PAGE"]) == 1
+
+
+def test_a_strangers_question_ends_without_an_answer(network: FakeNetwork) -> None:
+    desk = Turns(network)
+    query = envelope.seal(Query(b"q" * 8, QueryKind.BLOCKS, None, 1), world.key("who"), world.LEDGER, "who")
+    assert desk.gateway.on_message(query) == []
+    desk.engine.work_once(1.0)
+    assert desk.gateway.commit() == []
+    desk.engine.work_once(2.0)
+    assert desk.gateway.commit() == []
+
+
+def test_what_is_no_message_is_refused_at_once(network: FakeNetwork) -> None:
+    with pytest.raises(ProtocolError):
+        Turns(network).engine.submit(b"nonsense")
+
+
+class Canned:
+    """A node of a ledger without blocks, to be asked from any thread. `broken`: it has a fault of this program."""
+
+    url = "http://canned"
+
+    def __init__(self, network: FakeNetwork, *, broken: bool = False) -> None:
+        self._head = network.nodes[0].query("/head", b"")
+        self._broken = broken
+
+    def query(self, path: str, data: bytes) -> bytes:
+        if self._broken:
+            raise AssertionError("a fault of the program")
+        return self._head if path == "/head" else cbor.encode([0, []])
+
+    def submit(self, raw_batch: bytes) -> Checked:
+        return Checked(0, "")
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def test_the_worker_wakes_the_loop_and_ends_when_it_is_closed(network: FakeNetwork) -> None:
+    woken = threading.Event()
+    engine = CometbftLedger(network.genesis, [Canned(network)], Signer("b1", world.key("b1").public))
+    engine.start(woken.set)
+    began_s = time.monotonic()
+    with pytest.raises(NotYet):
+        engine.blocks(1)
+    assert time.monotonic() - began_s < 0.5
+    assert woken.wait(5)
+    assert list(engine.blocks(1)) == []
+    engine.close()
+    assert not engine.running
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_fault_of_the_worker_ends_the_broker_and_is_not_waited_for(network: FakeNetwork) -> None:
+    engine = CometbftLedger(network.genesis, [Canned(network, broken=True)])
+    engine.start(lambda: None)
+    wait_until(lambda: not engine.running, "the worker to fail")
+    with pytest.raises(RuntimeError, match="has ended"):
+        engine.commit()
+
+
+def test_the_worker_stops_asking_while_nobody_takes_its_blocks(
+    network: FakeNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from broker.ledger.cometbft import engine as module
+
+    monkeypatch.setattr(module, "MAX_BLOCKS_AHEAD", 2)
+    desk = Turns(network)
+    desk.engine.work_once(0.0)
+    for number, raw in enumerate((B1, B2, world.batch(world.issue("solar-1", 5)))):
+        network.nodes[1].submit(raw)
+        network.make_block()
+        desk.engine.work_once(number + 1.0)
+    assert len(desk.engine.commit().blocks) == 2
+    desk.engine.work_once(9.0)
+    assert len(desk.engine.commit().blocks) == 1
+
+
+def test_a_node_that_hangs_does_not_hold_up_the_loop(network: FakeNetwork) -> None:
+    release = threading.Event()
+
+    class Hanging:
+        url = "http://hanging"
+
+        def query(self, path: str, data: bytes) -> bytes:
+            release.wait(5)
+            return b""
+
+        def submit(self, raw_batch: bytes) -> None:
+            raise AssertionError
+
+        def close(self) -> None:
+            pass
+
+    engine = CometbftLedger(network.genesis, [Hanging()])  # type: ignore[list-item]
+    engine.start(lambda: None)
+    began_s = time.monotonic()
+    engine.submit(B1)
+    assert engine.commit().blocks == ()
+    assert time.monotonic() - began_s < 0.5
+    release.set()
+    engine.close()
+    wait_until(lambda: not engine.running, "the worker to end")
+
+
+def _kind(raw: bytes) -> str:
+    return envelope.parse(raw).message_type.name
