@@ -37,13 +37,13 @@ from broker.ledger.cometbft.snapshots import (
 from broker.ledger.directory import checked_head, locked, opened_store
 from broker.ledger.faults import RuleViolation
 from broker.ledger.limits import BATCH_HEAD_BYTES, BLOCK_HEAD_BYTES, MAX_BLOCK_BATCHES
-from broker.ledger.opening import RefusedBatch, charter_of, open_batch, party_signer
+from broker.ledger.opening import OpenedBatch, RefusedBatch, charter_of, open_batch, party_signer
 from broker.ledger.receipts import SignedHead, sign_head
 from broker.ledger.rows_digest import NO_DIGEST, app_hash_of
 from broker.ledger.rules import keys_read
 from broker.ledger.rules.validators import validators_now
 from broker.ledger.snapshot import SnapshotFault
-from broker.ledger.state import Validator
+from broker.ledger.state import State, Validator
 from broker.ledger.store import FILE_NAME, NETWORK, SIGNED_HEAD, LedgerError
 from broker.ledger.trust import issuer_of
 from broker.protocol import cbor, envelope
@@ -64,6 +64,9 @@ VALIDATOR_POWER: Final = 1
 
 MAX_REMEMBERED_REFUSALS: Final = 4_096
 """Refusals that `/result` can still name. They are not part of the state; who asks later submits once more."""
+
+MAX_CHECKED_BYTES: Final = 2 * MAX_BLOCK_BYTES
+"""Opened batches that wait for their block; in memory they take about ten times as much."""
 
 _PROTO_ITEM_BYTES: Final = 6
 """What CometBFT counts beside a transaction's bytes: a tag and a length of at most five bytes."""
@@ -157,6 +160,7 @@ class NodeApplication:
         self._key = validator_key
         self._executed: _Executed | None = None
         self._refusals: dict[bytes, Refusal] = {}
+        self._checked = _CheckedBatches()
         path.mkdir(parents=True, exist_ok=True)
         self._lock = locked(path)
         self._issuer = issuer_of(genesis.ledger, genesis_hash(genesis))
@@ -290,7 +294,9 @@ class NodeApplication:
             if request.type == abci.CheckType.RECHECK:
                 batch_id = self._id_of_known(request.tx)
             else:
-                batch_id = open_batch(request.tx, self._store, self._charter).batch_id
+                batch = open_batch(request.tx, self._store, self._charter)
+                batch_id = batch.batch_id
+                self._checked.keep(batch, self._store)
         except RefusedBatch as refused:
             return abci.CheckTxResponse(TxCode.REFUSED, _refusal_data(refused.violation), str(refused.violation))
         except ProtocolError as error:
@@ -357,7 +363,7 @@ class NodeApplication:
                 continue
             batch_id = None
             try:
-                batch = open_batch(raw, step.state, self._charter)
+                batch = self._checked.take(raw, step.state) or open_batch(raw, step.state, self._charter)
                 batch_id = batch.batch_id
                 self._store.prefetch(keys_read(batch))
                 step.apply(batch)
@@ -490,6 +496,38 @@ class NodeApplication:
             self._signed.checkpoint,
             self._path / FILE_NAME,
         )
+
+
+class _CheckedBatches:
+    """Batches that passed CheckTx and wait for their block, so that most are opened once and not twice.
+
+    What was checked then holds for as long as the same key stands for the same sender; that alone is looked up again.
+    """
+
+    __slots__ = ("_batches", "_bytes")
+
+    def __init__(self) -> None:
+        self._batches: dict[bytes, tuple[OpenedBatch, Signer]] = {}
+        self._bytes = 0
+
+    def keep(self, batch: OpenedBatch, state: State) -> None:
+        signer = party_signer(state, batch.key_id)
+        if signer is None or batch.raw in self._batches:
+            return  # One that brings its sender's registration along is looked at as a whole again.
+        self._batches[batch.raw] = (batch, signer)
+        self._bytes += len(batch.raw)
+        while self._bytes > MAX_CHECKED_BYTES:
+            oldest = next(iter(self._batches))
+            del self._batches[oldest]
+            self._bytes -= len(oldest)
+
+    def take(self, raw: bytes, state: State) -> OpenedBatch | None:
+        """The batch in these bytes; None if it is not here, or must be opened again in this state."""
+        batch, signer = self._batches.pop(raw, (None, None))
+        if batch is None:
+            return None
+        self._bytes -= len(raw)
+        return batch if party_signer(state, batch.key_id) == signer else None
 
 
 class _BlockRoom:

@@ -20,6 +20,7 @@ from support.ledger_world import (
     key,
     order,
     register,
+    revoke,
     seal,
     set_validator,
     take,
@@ -27,7 +28,7 @@ from support.ledger_world import (
 from support.node import NETWORK, NODES, Node
 
 from broker.ledger.chain import block_id_of
-from broker.ledger.cometbft import abci
+from broker.ledger.cometbft import abci, application
 from broker.ledger.cometbft.application import (
     ApplicationStopped,
     NodeApplication,
@@ -150,6 +151,32 @@ def test_check_tx_knows_signers_and_nothing_of_the_rules(traded: Node) -> None:
     introduction = batch(register("b3"), by="b3")
     assert check(introduction) == check(introduction, abci.CheckType.RECHECK) == TxCode.APPLIED
     assert check(SET_UP[1]) == check(SET_UP[1], abci.CheckType.RECHECK) == TxCode.COMMITTED_BEFORE
+
+
+def test_what_passed_check_tx_is_judged_in_its_block_as_if_it_had_not(traded: Node, tmp_path: Path) -> None:
+    """The mempool of a node is its own affair: one that has seen a batch before must not answer otherwise."""
+    late = batch(Void(b"w" * 16), by="b2")
+    txs = (batch(Void(b"v" * 16)), batch(revoke("b2")), late)
+    other = Node(tmp_path / "other", "node-2")
+    other.init_chain()
+    other.make_block(*SET_UP)
+    other.make_block(batch(issue("solar-1", 1_000), take("solar-1", 0, 1_000)))
+    for raw in txs:
+        assert traded.ask(abci.CheckTxRequest(raw)).code == TxCode.APPLIED
+    response = traded.make_block(*txs)
+    assert codes(response) == [TxCode.APPLIED, TxCode.APPLIED, TxCode.UNKNOWN_SENDER]
+    assert other.make_block(*txs) == response
+    other.application.close()
+
+
+def test_batches_that_wait_for_their_block_take_bounded_memory(traded: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = [batch(Void(bytes((number,)) * 16)) for number in range(10)]
+    monkeypatch.setattr(application, "MAX_CHECKED_BYTES", 3 * len(waiting[0]))
+    for raw in waiting * 2:
+        traded.ask(abci.CheckTxRequest(raw))
+    assert list(traded.application._checked._batches) == waiting[-3:]
+    assert codes(traded.make_block(*waiting)) == [TxCode.APPLIED] * 10
+    assert traded.application._checked._bytes == 0
 
 
 def test_a_proposal_holds_batches_only_and_fits_the_ledger_block(traded: Node) -> None:
