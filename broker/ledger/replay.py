@@ -17,15 +17,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-from broker.ledger.chain import Head, Step, block_id_of, first_head, genesis_hash, validators_of
+from broker.ledger.chain import Head, Step, block_id_of, first_head, genesis_hash
 from broker.ledger.faults import LedgerInvariantBroken, RuleViolation
 from broker.ledger.merkle import nodes_in
-from broker.ledger.opening import RefusedBatch, charter_of, open_batch
+from broker.ledger.opening import Charter, RefusedBatch, charter_of, open_batch
 from broker.ledger.rules import keys_read
+from broker.ledger.rules.validators import signers_now, validators_now
 from broker.ledger.signatures import Helpers
-from broker.ledger.state import ABSENT
+from broker.ledger.state import ABSENT, State, ValidatorsRow
 from broker.ledger.store import Store
 from broker.protocol import cbor, envelope
+from broker.protocol.envelope import Signer
 from broker.protocol.errors import ProtocolError
 from broker.protocol.messages import Block, Genesis
 
@@ -90,7 +92,9 @@ class Replay:
     def __init__(self, genesis: Genesis, rows: Store, mark: Mark, marked: bool, helpers: Helpers) -> None:
         self._genesis = genesis
         self._charter = replace(charter_of(genesis), verifies=helpers.verifies)
-        self._validators = validators_of(genesis)
+        self._signers: dict[bytes, Signer] = {}
+        self._signers_of: ValidatorsRow | None = None
+        self._signers_at_end: dict[bytes, Signer] = {}
         self._helpers = helpers
         self._marked = marked
         self.mark = mark
@@ -131,6 +135,7 @@ class Replay:
         `complain` hears of stored Merkle nodes that are others than the blocks make. Raises HistoryFault at the first
         block that does not hold. What was written before it stays.
         """
+        self._signers_at_end = _signers_at_end(stored, self._charter)
         step = Step(self.rows, self._charter, self.mark.head)
         heights: list[tuple[bytes, int]] = []
         for row in stored.blocks(self.mark.head.height + 1):
@@ -149,6 +154,16 @@ class Replay:
         for first in stored.node_rows_outside(nodes_in(self.mark.head.tree_size)):
             complain(f"Merkle nodes from {first}: stored, but no operation made them")
 
+    def _signer(self, state: State) -> envelope.KeyLookup:
+        """Who may have sealed the next block: the validators of that time.
+
+        And those at the end: a node that joins a network later seals what it replays with its own key.
+        """
+        now = validators_now(state, self._charter)
+        if now != self._signers_of:
+            self._signers_of, self._signers = now, signers_now(state, self._charter)
+        return lambda key_id: self._signers.get(key_id) or self._signers_at_end.get(key_id)
+
     def _write(self, step: Step, heights: list[tuple[bytes, int]]) -> None:
         notes = {_MARK: self.mark.to_bytes(genesis_hash(self._genesis))} if self._marked else {}
         self.rows.write(step.rows, step.written(), [], heights, self.mark.head, [], notes)
@@ -161,7 +176,7 @@ class Replay:
             raise HistoryFault(f"{where}: block {step.head.height + 1} is missing")
         self._helpers.look_ahead(height)
         try:
-            opened = envelope.open_envelope(raw, self._genesis.ledger, self._validators.get, self._helpers.verifies)
+            opened = envelope.open_envelope(raw, self._genesis.ledger, self._signer(step.state), self._helpers.verifies)
         except (ProtocolError, TypeError) as error:
             raise HistoryFault(f"{where}: {error}") from error
         block = opened.message
@@ -194,6 +209,14 @@ class Replay:
             rows_sum=rows_sum % (1 << 8 * _SUM_BYTES),
         )
         return found
+
+
+def _signers_at_end(stored: Store, charter: Charter) -> dict[bytes, Signer]:
+    """The validators that the stored state ends with; none if that row is damaged, which the comparison finds."""
+    try:
+        return signers_now(stored, charter)
+    except (ProtocolError, ValueError, TypeError):
+        return {}
 
 
 def _sound_mark(genesis: Genesis, rows: Store, stored: Store) -> Mark:

@@ -24,7 +24,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
+from broker.ledger.opening import charter_of
 from broker.ledger.operations import OperationCode, operation_code
+from broker.ledger.rules.validators import signers_now
 from broker.ledger.state import KEY
 from broker.ledger.store import FILE_NAME, Store
 from broker.protocol import cbor, envelope
@@ -176,10 +178,8 @@ def _help(path: Path) -> None:
 
 def _lookup(store: Store, genesis: Genesis) -> Callable[[bytes], Signer | None]:
     """Who has that key, by what is stored at the end: it need not be right, only likely."""
-    founders = [
-        Signer(named.name, public_key_from_cose(named.key)) for named in (*genesis.registrars, *genesis.validators)
-    ]
-    by_id = {signer.key.key_id: signer for signer in founders}
+    charter = charter_of(genesis)
+    by_id = {**charter.registrars, **signers_now(store, charter)}
 
     @lru_cache(maxsize=65_536)
     def signer(key_id: bytes) -> Signer | None:

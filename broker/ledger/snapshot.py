@@ -37,7 +37,7 @@ from broker.ledger.merkle import peak_positions
 from broker.ledger.opening import charter_of
 from broker.ledger.receipts import SignedHead, verify_checkpoint, verify_signed_root
 from broker.ledger.rows_digest import bucket_digests, rows_digest
-from broker.ledger.rules.validators import validators_now
+from broker.ledger.rules.validators import signers_now
 from broker.ledger.state import ASSET, OWNED, AssetRow, decode_key, decode_row, table_bounds
 from broker.ledger.store import FILE_NAME, SIGNED_HEAD, LedgerError, Store
 from broker.ledger.trust import Trust
@@ -45,7 +45,6 @@ from broker.protocol import cbor, envelope
 from broker.protocol.codec import Bytes, Many, Row, Unsigned
 from broker.protocol.envelope import Signer
 from broker.protocol.errors import MalformedMessage, ProtocolError
-from broker.protocol.keys import public_key_from_cose
 from broker.protocol.limits import MAX_BLOCK_BYTES, MAX_BROKER_MESSAGE_BYTES
 from broker.protocol.messages import HASH_BYTES, Block, Genesis
 
@@ -332,9 +331,7 @@ class Restoring:
 
     def _validators(self) -> dict[bytes, Signer]:
         """Who signs at that height, by key id."""
-        now = validators_now(self._store, charter_of(self.manifest.genesis)).validators
-        signers = [Signer(validator.name, public_key_from_cose(validator.cose_key)) for validator in now]
-        return {signer.key.key_id: signer for signer in signers}
+        return signers_now(self._store, charter_of(self.manifest.genesis))
 
     def _check_rows(self) -> None:
         if rows_digest(bucket_digests(self._store.state_rows())) != self.manifest.rows_digest:

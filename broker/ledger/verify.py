@@ -22,12 +22,13 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final
 
-from broker.ledger.chain import Head, genesis_hash, validators_of
+from broker.ledger.chain import Head, genesis_hash
 from broker.ledger.directory import in_use
 from broker.ledger.merkle import nodes_in
 from broker.ledger.opening import charter_of
 from broker.ledger.receipts import SignedHead, verify_checkpoint, verify_signed_root
 from broker.ledger.replay import CannotResume, HistoryFault, Replay, first_mark
+from broker.ledger.rules.validators import signers_now
 from broker.ledger.signatures import MAX_HELPERS, Helpers
 from broker.ledger.snapshot import BASE_FILE_NAME, Manifest, load_snapshot
 from broker.ledger.state import decode_key
@@ -266,7 +267,7 @@ class _Verification:
         # network stands is for CometBFT to compare.
         own_meta = (row for row in stored.meta_rows() if row[0] not in (SIGNED_HEAD, NETWORK))
         self._compare("meta", own_meta, iter(sorted(meta.items())), str)
-        self._check_signed_head(stored.meta(SIGNED_HEAD), replay.mark.head)
+        self._check_signed_head(stored.meta(SIGNED_HEAD), replay.mark.head, derived)
         # A trigger, a view or another index would change what a reader sees without changing any row.
         self._compare("declaration", iter(stored.schema()), iter(derived.schema()), str)
 
@@ -274,11 +275,13 @@ class _Verification:
         if len(self._errors) < MAX_ERRORS:
             self._errors.append(fault)
 
-    def _check_signed_head(self, raw: bytes | None, head: Head) -> None:
+    def _check_signed_head(self, raw: bytes | None, head: Head, derived: Store) -> None:
         """A validator's signatures of the head: only a copy that was made without a key may lack them."""
         if raw is None:
             return
-        trust = Trust(self._genesis.ledger, genesis_hash(self._genesis), validators_of(self._genesis), {})
+        trust = Trust(
+            self._genesis.ledger, genesis_hash(self._genesis), signers_now(derived, charter_of(self._genesis)), {}
+        )
         try:
             signed = SignedHead.from_bytes(raw)
             checkpoint, _ = verify_checkpoint(signed.checkpoint, trust)

@@ -5,6 +5,7 @@ from broker.ledger.opening import Charter, open_statement
 from broker.ledger.operations import SetValidator
 from broker.ledger.rules.step import Refused, Step
 from broker.ledger.state import VALIDATORS, State, Validator, ValidatorsRow
+from broker.protocol.envelope import Signer
 from broker.protocol.keys import Algorithm, public_key_from_cose
 from broker.protocol.messages import MAX_VALIDATORS, ValidatorChange
 
@@ -15,6 +16,13 @@ def validators_now(state: State, charter: Charter) -> ValidatorsRow:
     if row is not None:
         return row
     return ValidatorsRow(0, tuple(sorted(Validator(named.name, named.key, 1) for named in charter.validators)))
+
+
+def signers_now(state: State, charter: Charter) -> dict[bytes, Signer]:
+    """The same by key id, for whoever checks their signatures. Raises MalformedMessage for a key that is none."""
+    now = validators_now(state, charter).validators
+    signers = [Signer(row.name, public_key_from_cose(row.cose_key)) for row in now]
+    return {signer.key.key_id: signer for signer in signers}
 
 
 def set_validator(step: Step, operation: SetValidator) -> None:

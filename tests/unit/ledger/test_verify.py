@@ -22,6 +22,7 @@ from support.ledger_world import (
     pseudonym,
     seal,
     sell,
+    set_validator,
     take,
 )
 
@@ -30,7 +31,7 @@ from broker.ledger.chain import Head, block_id_of, genesis_hash
 from broker.ledger.inspect import AssetLine, DemandLine
 from broker.ledger.operations import AssetId, Void
 from broker.ledger.receipts import sign_head
-from broker.ledger.state import Held
+from broker.ledger.state import VALIDATORS, Held, encode_key
 from broker.ledger.store import FILE_NAME, LedgerError
 from broker.ledger.trust import issuer_of
 from broker.ledger.verify import verify_ledger
@@ -239,3 +240,82 @@ def test_a_replaced_genesis_cannot_hide(copied: Path) -> None:
     other = cbor.encode({**cbor.decode(raw, "genesis", len(raw)), 5: "CHF"})
     damage(copied, "UPDATE meta SET value = ? WHERE name = 'genesis'", other)
     assert "height 1: does not follow" in verify_ledger(copied).errors[0]
+
+
+# --- Validators that change
+
+
+def network(path: Path, sealers: tuple[str, ...]) -> Path:
+    """A ledger whose validator `node` gets `late` beside it in block 3 and leaves in block 5; sealed so."""
+    engine = found(path)
+    blocks = (
+        (batch(set_validator("late", 1)),),
+        (batch(issue("solar-1", 1_000)),),
+        (batch(set_validator("node", 0, 2)),),
+        (batch(take("solar-1", 0, 1_000)),),
+        (batch(Void(b"q" * 16)),),
+    )
+    for (raw,) in blocks:
+        assert engine.submit(raw) is None
+        assert engine.commit().results[0].result.height
+    head = engine.head
+    engine.close()
+    database = sqlite3.connect(path / FILE_NAME)
+    with database:
+        for height, name in enumerate(sealers, 1):
+            (raw,) = database.execute("SELECT raw FROM blocks WHERE height = ?", (height,)).fetchone()
+            again = seal(Block.from_payload(envelope.parse(raw).payload), name)
+            database.execute("UPDATE blocks SET raw = ? WHERE height = ?", (again, height))
+        signed = sign_head(
+            head.checkpoint(), key("late"), GENESIS.ledger, "late", issuer_of(GENESIS.ledger, genesis_hash(GENESIS))
+        )
+        database.execute("UPDATE meta SET value = ? WHERE name = 'signed_head'", (signed.to_bytes(),))
+    database.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("sealers", "complaint"),
+    [
+        (("node", "node", "node", "node", "node", "late", "late"), None),
+        (("node", "node", "node", "late", "late", "late", "late"), None),
+        (("late",) * 7, None),
+        (("node", "node", "node", "node", "node", "node", "late"), "height 6: "),
+        (("node", "node", "node", "node", "node", "late", "node"), "height 7: "),
+        (("node", "node", "other", "node", "node", "late", "late"), "height 3: "),
+    ],
+)
+def test_blocks_are_judged_by_the_validators_of_their_time(
+    tmp_path: Path, sealers: tuple[str, ...], complaint: str | None
+) -> None:
+    """Before the change to it, after it, or by a node that came later and replayed all; never by one that had left."""
+    report = verify_ledger(network(tmp_path / "ledger", sealers))
+    if complaint is None:
+        assert report.errors == ()
+    else:
+        assert complaint in report.errors[0]
+        assert "not registered" in report.errors[0]
+
+
+def test_a_head_is_signed_by_a_validator_of_its_height(tmp_path: Path) -> None:
+    path = network(tmp_path / "ledger", ("late",) * 7)
+    engine_head = verify_ledger(path)
+    assert engine_head.ok
+    database = sqlite3.connect(path / FILE_NAME)
+    (head,) = database.execute("SELECT value FROM meta WHERE name = 'head'").fetchone()
+    checkpoint = Head.from_bytes(head).checkpoint()
+    signed = sign_head(
+        checkpoint, key("node"), GENESIS.ledger, "node", issuer_of(GENESIS.ledger, genesis_hash(GENESIS))
+    )
+    with database:
+        database.execute("UPDATE meta SET value = ? WHERE name = 'signed_head'", (signed.to_bytes(),))
+    database.close()
+    assert "meta signed_head" in verify_ledger(path).errors[0]
+
+
+def test_a_damaged_row_of_validators_is_found(tmp_path: Path) -> None:
+    path = network(tmp_path / "ledger", ("node", "node", "node", "node", "node", "late", "late"))
+    row = encode_key((VALIDATORS, 0))
+    for value in (b"\x00", b"\x82\x02\x81\x83\x64late\x41\x00\x01"):
+        damage(path, "UPDATE state SET value = ? WHERE key = ?", value, row)
+        assert "state row (16, 0): stored with another value" in verify_ledger(path).errors
