@@ -1,4 +1,4 @@
-"""`energy-broker ledger checkpoint`, `prove` and `check-proof`: proofs made from a ledger, and checked without it."""
+"""`energy-broker ledger checkpoint`, `prove`, `check-proof` and `evidence`: made from a ledger, checked without it."""
 
 import argparse
 import json
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from broker.commands.common import DONE, add_command
 from broker.ledger.proofs import OperationsProof, Proof, read_proof
 from broker.ledger.trust import Trust, read_trust, trust_of
+from broker.ledger.witness import Equivocation
 from broker.protocol.messages import Checkpoint, Genesis
 from firmware_config.loader import WrongValue
 
@@ -43,6 +44,11 @@ def add_commands(group: Any) -> None:
     check.add_argument("proof", type=Path, metavar="FILE", help="a proof, as `ledger prove` writes it")
     check.add_argument("--trust", type=Path, required=True, metavar="FILE", help="the ledger's trust file")
     check.add_argument("--json", action="store_true", help="print what is proven as JSON")
+    evidence = add_command(
+        group, "evidence", "Check evidence against a ledger: exit 0 only if its validators cheated.", _evidence
+    )
+    evidence.add_argument("evidence", type=Path, metavar="FILE", help="the file that a broker wrote when it stopped")
+    evidence.add_argument("--trust", type=Path, required=True, metavar="FILE", help="the ledger's trust file")
 
 
 def _checkpoint(options: argparse.Namespace) -> int:
@@ -89,6 +95,17 @@ def _check_proof(options: argparse.Namespace) -> int:
             f" its first {older.tree_size} operations are the same"
         )
     print(json.dumps(proven) if options.json else f"{options.proof}: {verdict}")
+    return DONE
+
+
+def _evidence(options: argparse.Namespace) -> int:
+    trust = read_trust(options.trust.read_text())
+    for statement in Equivocation.from_bytes(options.evidence.read_bytes()).check(trust):
+        print(
+            f"{options.evidence}: {statement.signer} signed for height {statement.height} of ledger {trust.ledger}:"
+            f" block {statement.block_id.hex()}, state {statement.state_hash.hex()}"
+        )
+    print(f"{options.evidence}: both cannot be true; the ledger has two histories, or a validator's key is used twice")
     return DONE
 
 

@@ -18,6 +18,7 @@ from broker.ledger.engine import BUSY
 from broker.ledger.holding import Holding, decode_holding
 from broker.ledger.limits import MAX_EARLY_BLOCKS, MAX_PENDING_BATCHES, RESEND_AFTER_S, RESEND_TO_NEW_NODE_S
 from broker.ledger.operations import Operation, OperationCode, decode_operation, operation_code
+from broker.ledger.witness import Equivocation, Watch, statement_of
 from broker.protocol import envelope
 from broker.protocol.errors import MalformedMessage, ProtocolError
 from broker.protocol.keys import PrivateKey
@@ -27,11 +28,13 @@ from broker.protocol.messages import (
     Block,
     Checkpoint,
     Genesis,
+    MessageType,
     Page,
     Query,
     QueryKind,
     Result,
     ResultStatus,
+    Witness,
 )
 
 
@@ -93,11 +96,13 @@ class BlockApplied:
 class LedgerFault:
     """The ledger contradicts itself: a validly signed block that does not fit the chain. The client stops following.
 
-    An operator must compare checkpoints with others before going on.
+    An operator must compare checkpoints with others before going on. `evidence`, where there is some, holds both signed
+    messages and convinces anybody with the ledger's trust file.
     """
 
     height: int
     reason: str
+    evidence: Equivocation | None = None
 
 
 Event = HoldingsLoaded | BatchCommitted | BatchRefused | ForeignBatch | BlockApplied | LedgerFault
@@ -164,6 +169,9 @@ class LedgerClient:
         self._resumes = resume is not None
         self._awaited: HoldingsLoaded | None = None
         self._known_height = 0
+        self._watch = Watch(genesis.ledger)
+        self._offered: dict[int, bytes] = {}
+        self._witnessed: bytes | None = None
         self._node_came_up = False
         self._asked: _Asked | None = None
         self._phase = _Phase.LOADING if load_holdings else _Phase.FOLLOWING
@@ -260,9 +268,29 @@ class LedgerClient:
         elif leaf == "result" and isinstance(message, Page):
             self._on_page(message)
         elif leaf == "checkpoint" and isinstance(message, Checkpoint):
-            self._on_checkpoint(message)
+            self._on_checkpoint(message, opened)
         else:
             raise MalformedMessage(f"ledger {leaf}", f"its kind of message, got a {type(message).__name__}")
+
+    def on_witness(self, payload: bytes) -> None:
+        """Compare what another party was shown with what is followed here.
+
+        Only the validator's signature inside is asked about. Who passes the checkpoint on does not matter: against the
+        validator it counts the same, and a party alone cannot make anybody stop. Raises ProtocolError.
+        """
+        parsed = envelope.parse(payload)
+        if parsed.message_type is not MessageType.WITNESS:
+            raise MalformedMessage("ledger witness", f"a witness, got a {parsed.message_type.name.lower()}")
+        sealed = Witness.from_payload(parsed.payload).checkpoint
+        opened = envelope.open_envelope(sealed, self._ledger, self._validators.get)
+        if not isinstance(opened.message, Checkpoint):
+            raise MalformedMessage("ledger witness", "a sealed checkpoint inside")
+        self._compare(opened.message, opened)
+
+    @property
+    def witnessed(self) -> bytes | None:
+        """The newest sealed checkpoint that the blocks followed here led to, for `Witness`; None before any."""
+        return None if self._phase is _Phase.STOPPED else self._witnessed
 
     # --- inside
 
@@ -301,14 +329,46 @@ class LedgerClient:
         del self._pending[pending.batch_id]
         del self._own_raw[pending.raw]
 
-    def _on_checkpoint(self, checkpoint: Checkpoint) -> None:
+    def _compare(self, checkpoint: Checkpoint, opened: envelope.Opened) -> None:
+        """Stop if a validator's checkpoint contradicts what validators signed before, or where this client stands."""
+        reason = "a signed checkpoint names another block than the one followed here"
+        if self._phase is _Phase.STOPPED or not self._note(opened, reason):
+            return
+        if (
+            self._phase is _Phase.FOLLOWING
+            and checkpoint.height == self._height
+            and checkpoint.block_id != self._block_id
+        ):
+            self._stop(checkpoint.height, reason)
+
+    def _note(self, opened: envelope.Opened, reason: str) -> bool:
+        """Hold a validator's statement against the others; False if that has stopped this client, for `reason`."""
+        statement = statement_of(opened)
+        evidence = None if statement is None else self._watch.note(statement)
+        if statement is not None and evidence is not None:
+            self._stop(statement.height, reason, evidence)
+        return evidence is None
+
+    def _on_checkpoint(self, checkpoint: Checkpoint, opened: envelope.Opened) -> None:
+        self._compare(checkpoint, opened)
+        if self._phase is _Phase.STOPPED:
+            return
+        self._offered[checkpoint.height] = opened.raw
+        while len(self._offered) > MAX_EARLY_BLOCKS:
+            del self._offered[min(self._offered)]
+        self._witness()
         if self._phase is _Phase.FOLLOWING and checkpoint.height == self._height:
-            if checkpoint.block_id != self._block_id:
-                self._stop(checkpoint.height, "a signed checkpoint names another block than the one followed here")
             return
         # While loading, silence may mean that the node was not there yet when it was asked.
         self._node_came_up = self._phase in (_Phase.LOADING, _Phase.ANCHORING)
         self._learn_height(checkpoint.height)
+
+    def _witness(self) -> None:
+        """Where the followed block is the one of a checkpoint: `_note` has held them together, whichever came first."""
+        if self._phase is _Phase.FOLLOWING and self._watch.followed(self._height) and self._height in self._offered:
+            self._witnessed = self._offered[self._height]
+            for height in [height for height in self._offered if height <= self._height]:
+                del self._offered[height]
 
     def _learn_height(self, height: int) -> None:
         """The ledger is known to have reached `height`; fetch what is missing."""
@@ -397,8 +457,10 @@ class LedgerClient:
             return
         self._known_height = max(self._known_height, block.height)
         if self._phase is _Phase.ANCHORING and block.height == self._height:
-            self._block_id = block_id_of(opened.raw)
-            self._follow()
+            if self._note(opened, "another head is signed for this height than the block that holdings rest on"):
+                self._block_id = block_id_of(opened.raw)
+                self._follow()
+                self._witness()
         elif block.height > self._height or self._phase is _Phase.LOADING:
             if len(self._early) >= MAX_EARLY_BLOCKS:
                 # The furthest ones are fetched again later.
@@ -407,12 +469,16 @@ class LedgerClient:
             if self._phase is _Phase.FOLLOWING:
                 self._drain()
                 self._learn_height(self._known_height)
-        elif (
-            self._phase is _Phase.FOLLOWING
-            and block.height == self._height
-            and block_id_of(opened.raw) != self._block_id
-        ):
-            self._stop(block.height, "two different blocks are signed for the same height")
+        else:
+            reason = "two different blocks are signed for the same height"
+            if not self._note(opened, reason):
+                return
+            if (
+                self._phase is _Phase.FOLLOWING
+                and block.height == self._height
+                and block_id_of(opened.raw) != self._block_id
+            ):
+                self._stop(block.height, reason)
 
     def _drain(self) -> None:
         """Apply the blocks that follow on the last one."""
@@ -424,8 +490,14 @@ class LedgerClient:
     def _apply(self, opened: envelope.Opened) -> None:
         block = opened.message
         assert isinstance(block, Block)
-        if block.previous != self._block_id:
-            self._stop(block.height, "a signed block does not follow on the one before it")
+        follows = block.previous == self._block_id
+        reason = "another head is signed for the height of this block"
+        if not follows:
+            reason = "a signed block does not follow on the one before it"
+        if not self._note(opened, reason):
+            return
+        if not follows:
+            self._stop(block.height, reason)
             return
         try:
             decoded = [None if raw in self._own_raw else self._decoded(raw, block.height) for raw in block.batches]
@@ -444,6 +516,7 @@ class LedgerClient:
             self._events.append(BatchCommitted(batch_id, block.height))
         self._height, self._block_id = block.height, block_id_of(opened.raw)
         self._events.append(BlockApplied(block.height))
+        self._witness()
         self._hand_over_holdings()
 
     def _decoded(self, raw: bytes, height: int) -> Event:
@@ -465,7 +538,7 @@ class LedgerClient:
         query = Query(self._random_bytes(REQUEST_ID_BYTES), kind, cursor, from_height)
         self._asked = _Asked(query, self._height)
 
-    def _stop(self, height: int, reason: str) -> None:
+    def _stop(self, height: int, reason: str, evidence: Equivocation | None = None) -> None:
         self._phase = _Phase.STOPPED
         self._asked = None
-        self._events.append(LedgerFault(height, reason))
+        self._events.append(LedgerFault(height, reason, evidence))

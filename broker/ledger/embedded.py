@@ -23,6 +23,7 @@ from broker.ledger.limits import (
     MAX_QUEUED_BYTES,
 )
 from broker.ledger.opening import Charter, OpenedBatch, RefusedBatch, charter_of, open_batch, party_signer
+from broker.ledger.proving import prove
 from broker.ledger.receipts import SignedHead, sign_head
 from broker.ledger.rules import keys_read
 from broker.ledger.store import FILE_NAME, SIGNED_HEAD, LedgerError
@@ -31,7 +32,7 @@ from broker.protocol import envelope
 from broker.protocol.envelope import Signer
 from broker.protocol.keys import PrivateKey
 from broker.protocol.limits import MAX_BLOCK_BYTES, MAX_REASON_CHARACTERS
-from broker.protocol.messages import Block, Genesis, Result, ResultStatus
+from broker.protocol.messages import Block, Genesis, QueryKind, Result, ResultStatus
 
 
 class EmbeddedLedger:
@@ -167,6 +168,10 @@ class EmbeddedLedger:
     def open_view(self, party: str | None = None) -> HoldingsView:
         """The holdings at the last committed block; close it when done."""
         return HoldingsView(self._path / FILE_NAME)
+
+    def prove(self, kind: QueryKind, place: int) -> tuple[bytes, ...]:
+        """The entries of a page that proves this. Raises ProofFailed where it cannot be."""
+        return prove(self._store, self.ledger, kind, place)
 
     def blocks(self, from_height: int) -> Iterator[bytes]:
         """Sealed blocks from that height on, in order."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from broker.protocol.envelope import Signer
-from broker.protocol.messages import Result
+from broker.protocol.messages import QueryKind, Result
 
 BUSY: Final = "busy"
 """The code of a refusal that is no fault of the batch: send it again later."""
@@ -87,6 +87,9 @@ class LedgerEngine(Protocol):
 
     def open_view(self, party: str) -> View:
         """The holdings at the last committed block, at least those of `party`. Raises NotYet."""
+
+    def prove(self, kind: QueryKind, place: int) -> tuple[bytes, ...]:
+        """The entries of a page that proves this (`proving.prove`). Raises ProofFailed where it cannot be, and NotYet."""
 
     def blocks(self, from_height: int) -> Iterator[bytes]:
         """Sealed blocks from that height on, in order. Raises NotYet."""

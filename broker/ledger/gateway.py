@@ -11,6 +11,7 @@ from typing import Final
 
 from broker.ledger.engine import ClientResult, LedgerEngine, NotYet, View
 from broker.ledger.limits import MAX_VIEW_AGE, MAX_VIEWS, MAX_WAITING_QUERIES
+from broker.ledger.receipts import ProofFailed
 from broker.protocol import cbor, envelope
 from broker.protocol.codec import Bytes, Row, Unsigned
 from broker.protocol.errors import MalformedMessage, ProtocolError
@@ -127,7 +128,16 @@ class Gateway:
         if query.kind is QueryKind.BLOCKS:
             height, entries = self._blocks(query.from_height or 1)
             return Page(query.request_id, query.kind, height, entries)
-        return self._holdings(client, query)
+        if query.kind is QueryKind.HOLDINGS:
+            return self._holdings(client, query)
+        return Page(query.request_id, query.kind, self._engine.height, self._proven(query))
+
+    def _proven(self, query: Query) -> tuple[bytes, ...]:
+        """What was asked to be proven, nothing if it cannot be: the client knows which operations there are."""
+        try:
+            return self._engine.prove(query.kind, query.place or 0)
+        except ProofFailed:
+            return ()
 
     def _blocks(self, from_height: int) -> tuple[int, tuple[bytes, ...]]:
         """As many blocks as fit in one page; the client asks again from the next height."""

@@ -61,6 +61,12 @@ that needs longer for its pages starts again.
 MAX_PENDING_BATCHES: Final = 1_024
 """Batches of a client without an answer. Beyond it the broker must wait, since it only fills the ledger's queue."""
 
+MAX_WATCHED_HEIGHTS: Final = 1_024
+"""Heights for which a client remembers what was signed, to compare it with what others were shown."""
+
+MAX_WATCHED_BYTES: Final = 16 * 2**20
+"""The same in bytes, since a block may have two million; the oldest are forgotten first."""
+
 MAX_EARLY_BLOCKS: Final = 64
 """Blocks that a client keeps while it fetches the ones before them."""
 

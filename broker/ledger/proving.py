@@ -12,7 +12,7 @@ from broker.ledger.proofs import MAX_OPERATIONS, ConsistencyProof, OperationsPro
 from broker.ledger.receipts import ProofFailed, SignedHead, consistency_receipt, inclusion_receipt
 from broker.ledger.store import SIGNED_HEAD, Store
 from broker.protocol import envelope
-from broker.protocol.messages import Batch, Block, Checkpoint
+from broker.protocol.messages import Batch, Block, Checkpoint, QueryKind
 
 
 class Prover:
@@ -141,3 +141,15 @@ class Prover:
             if not first <= index < end:
                 raise ProofFailed(f"operation {index} is not where block sizes say; verify this copy of the ledger")
             yield index, operations[index - first]
+
+
+def prove(store: Store, ledger: str, kind: QueryKind, place: int) -> tuple[bytes, ...]:
+    """What a party that asks over MQTT is given, as the entries of a page. Raises ProofFailed where there is no proof.
+
+    OPERATION: the OperationsProof of the operation at `place`. CONSISTENCY: the sealed checkpoint of the head, and the
+    receipt that it goes on from the tree of `place` operations.
+    """
+    prover = Prover(store, ledger)
+    if kind is QueryKind.OPERATION:
+        return (prover.operations([place]).to_bytes(),)
+    return prover.checkpoint, prover.consistency(place)

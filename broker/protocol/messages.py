@@ -74,6 +74,7 @@ class MessageType(IntEnum):
     KEY_ROTATION = 22
     KEY_REVOCATION = 23
     VALIDATOR_CHANGE = 24
+    WITNESS = 25
 
 
 class Quality(IntEnum):
@@ -135,10 +136,15 @@ class ResultStatus(IntEnum):
 
 
 class QueryKind(IntEnum):
-    """HOLDINGS: all assets that the asking broker owns. BLOCKS: the ledger's blocks from a height on."""
+    """HOLDINGS: all assets that the asking broker owns. BLOCKS: the ledger's blocks from a height on.
+
+    OPERATION: the proof of one operation. CONSISTENCY: the proof that the ledger goes on from an earlier tree size.
+    """
 
     HOLDINGS = 1
     BLOCKS = 2
+    OPERATION = 3
+    CONSISTENCY = 4
 
 
 class Message:
@@ -473,12 +479,16 @@ class Result(Message):
 
 @dataclass(frozen=True, slots=True)
 class Query(Message):
-    """A question to the ledger, answered with Pages. `cursor` is opaque and comes from the page before."""
+    """A question to the ledger, answered with Pages. `cursor` is opaque and comes from the page before.
+
+    `place` is the operation's index among all, from 0, or the earlier tree size.
+    """
 
     request_id: bytes
     kind: QueryKind
     cursor: bytes | None = None
     from_height: int | None = None
+    place: int | None = None
 
     TYPE: ClassVar[MessageType] = MessageType.QUERY
     FIELDS: ClassVar[tuple[Field, ...]] = (
@@ -486,12 +496,16 @@ class Query(Message):
         Field(1, "kind", Choice(QueryKind)),
         Field(2, "cursor", Bytes(1, 256), optional=True),
         Field(3, "from_height", Unsigned(), optional=True),
+        Field(4, "place", Unsigned(), optional=True),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Page(Message):
-    """Part of an answer: `entries` are blocks (envelopes) or holdings (CBOR rows), true at `height`."""
+    """Part of an answer: `entries` are blocks (envelopes) or holdings (CBOR rows), true at `height`.
+
+    Or one operations proof; or the newer sealed checkpoint and the receipt of consistency; none if it cannot be proven.
+    """
 
     request_id: bytes
     kind: QueryKind
@@ -555,6 +569,20 @@ class Checkpoint(Message):
         Field(3, "root", _HASH),
         Field(4, "state_hash", _HASH),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Witness(Message):
+    """A party co-signs a validator's sealed Checkpoint: its own following of the ledger, block by block, led there.
+
+    Retained, so that parties which a ledger shows different histories to find out by comparing.
+    """
+
+    checkpoint: bytes
+
+    TYPE: ClassVar[MessageType] = MessageType.WITNESS
+    FIELDS: ClassVar[tuple[Field, ...]] = (Field(0, "checkpoint", Bytes(1, 1_024)),)
+    MAX_BYTES: ClassVar[int] = 2_048
 
 
 class Stage(IntEnum):
@@ -832,5 +860,6 @@ MESSAGE_CLASSES: Final[dict[MessageType, type[Message]]] = {
         KeyRotation,
         KeyRevocation,
         ValidatorChange,
+        Witness,
     )
 }

@@ -53,6 +53,10 @@ class Topics:
     def ledger_checkpoint(self, ledger: str) -> str:
         return f"{self.root}/ledger/{ledger}/checkpoint"
 
+    def ledger_witness(self, ledger: str, party: str) -> str:
+        """The last checkpoint that `party` co-signed."""
+        return f"{self.root}/ledger/{ledger}/checkpoint/{party}"
+
     @property
     def time(self) -> str:
         """The conductor's ticks, retained."""

@@ -15,17 +15,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Final, Protocol
 
 from broker.config import BrokerConfig, CometbftSection, load_genesis, parse_public_key
-from broker.ledger.client import BlockApplied, LedgerClient, TooManyPending
+from broker.ledger.client import BlockApplied, LedgerClient, LedgerFault, TooManyPending
 from broker.ledger.embedded import EmbeddedLedger
 from broker.ledger.gateway import Gateway, Outgoing
 from broker.protocol.envelope import Signer, open_envelope
 from broker.protocol.errors import ProtocolError
 from broker.protocol.keys import load_private_key, public_key_from_cose
-from broker.protocol.messages import BrokerStatus, Genesis, Report, Stage, Tick
+from broker.protocol.messages import BrokerStatus, Genesis, Report, Stage, Tick, Witness
 from broker.protocol.mqtt_link import Incoming, MqttConfig, MqttLink
 from broker.protocol.topics import Topics
 from broker.service.core import Broker
@@ -41,6 +42,9 @@ LONGEST_WAIT_S: Final = 1.0
 """The loop looks at clocks and at the store's other writers at least this often."""
 
 STATUS_EVERY_S: Final = 60.0
+
+WITNESS_EVERY_S: Final = 10.0
+"""How often a broker co-signs the ledger's head: soon enough to find a fork, and nothing beside its other messages."""
 
 GARBAGE_THRESHOLDS: Final = (50_000, 20, 50)
 """When Python looks for reference cycles (`gc.set_threshold`). A turn makes many values and no cycles, and by default a
@@ -160,6 +164,9 @@ class BrokerService:
         self._connections = 0
         self._told_failure = ""
         self._next_status_s = 0.0
+        self._evidence_folder = config.database.parent
+        self._co_signed: bytes | None = None
+        self._next_witness_s = 0.0
         self._busy = True
 
     def _open_gateway(self, config: BrokerConfig, genesis: Genesis, stack: contextlib.ExitStack) -> Gateway | None:
@@ -207,6 +214,7 @@ class BrokerService:
             filters.append((self._topics.ledger_checkpoint(ledger), 1))
         elif self._serves:
             filters.append((self._topics.ledger_submit(ledger), 1))
+        filters.append((self._topics.ledger_witness(ledger, "+"), 0))
         if self._simulated:
             filters.append((self._topics.time, 1))
         return filters
@@ -245,6 +253,7 @@ class BrokerService:
             self._publish_busy()
         self._feed_ledger(submissions, answers)
         self._publish(outputs, answers)
+        self._publish_witness(now_s)
         for message in incoming:
             self._link.acknowledge(message)
         self._busy = self._client.has_events
@@ -287,6 +296,8 @@ class BrokerService:
                 self._take_tick(message.payload)
             case ("ledger", _, "submit") if self._gateway is not None:
                 self._take_submission(message.payload, answers)
+            case ("ledger", _, "checkpoint", party):
+                self._take_witness(party, message.payload)
             case ("ledger", _, "feed" | "checkpoint" as leaf) | ("ledger", _, "result" as leaf, _):
                 self._take_from_ledger(leaf, message.payload)
             case _:
@@ -323,10 +334,46 @@ class BrokerService:
         except ProtocolError as error:
             LOG.warning("a message about the ledger is ignored: %s", error)
 
+    def _take_witness(self, party: str, payload: bytes) -> None:
+        """Another party says to which head of the ledger it was led; the client compares it with its own."""
+        if party == self._name:
+            return
+        try:
+            self._client.on_witness(payload)
+        except ProtocolError as error:
+            LOG.warning("what %s witnesses is ignored: %s", party, error)
+
+    def _publish_witness(self, now_s: float) -> None:
+        """Co-sign the head that this broker's own following led to, at most every WITNESS_EVERY_S."""
+        checkpoint = self._client.witnessed
+        if checkpoint is None or checkpoint == self._co_signed or now_s < self._next_witness_s:
+            return
+        if not self._link.connected:
+            return
+        topic = self._topics.ledger_witness(self._genesis.ledger, self._name)
+        self._link.publish(topic, self._identity.seal(Witness(checkpoint)), qos=0, retain=True)
+        self._co_signed, self._next_witness_s = checkpoint, now_s + WITNESS_EVERY_S
+
+    def _keep_evidence(self, fault: LedgerFault) -> None:
+        """Write what convicts the ledger beside the database, before anything else can go wrong."""
+        if fault.evidence is None:
+            return
+        path = self._evidence_folder / f"evidence-{self._genesis.ledger}-{fault.height}.cbor"
+        if not path.exists():
+            _write_durably(path, fault.evidence.to_bytes())
+        LOG.error(
+            "%s holds two contradicting messages that validators of ledger %s signed; show it to the other parties,"
+            " who check it with `energy-broker ledger evidence`",
+            path,
+            self._genesis.ledger,
+        )
+
     def _take_ledger_events(self) -> None:
         """Take in what the ledger client saw; how far it got is in the same commit as what came of it."""
         events = self._client.events()
         for event in events:
+            if isinstance(event, LedgerFault):
+                self._keep_evidence(event)
             self._broker.take_event(event)
         if self._client.loaded or any(isinstance(event, BlockApplied) for event in events):
             self._keep_cursor()
@@ -410,3 +457,13 @@ class BrokerService:
         """Before a proper stop: the retained status says that this broker is away."""
         self._publish_status(online=False)
         self._link.flush()
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    """The file is there whole, or not at all. Raises OSError."""
+    beside = path.with_name(path.name + ".new")
+    with beside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)

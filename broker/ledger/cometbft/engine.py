@@ -18,6 +18,8 @@ from broker.ledger.cometbft.follower import (
     Follower,
     HoldingsOf,
     News,
+    ProofOf,
+    Proven,
     Question,
     SignerOf,
 )
@@ -27,7 +29,7 @@ from broker.ledger.limits import MAX_HOLDINGS_ON_PAGE, MAX_QUEUED_BATCHES, MAX_Q
 from broker.protocol import cbor, envelope
 from broker.protocol.codec import Row, Unsigned
 from broker.protocol.envelope import Signer
-from broker.protocol.messages import Genesis
+from broker.protocol.messages import Genesis, QueryKind
 
 MAX_BLOCKS_AHEAD: Final = 64
 """Blocks that wait for the broker's loop. Beyond it the worker asks for no more."""
@@ -178,6 +180,12 @@ class CometbftLedger:
         assert isinstance(answer, BlocksPage)
         self._height = max(self._height, answer.height)
         return iter(answer.blocks)
+
+    def prove(self, kind: QueryKind, place: int) -> tuple[bytes, ...]:
+        """The entries of a page that proves this, as a node gave them. Raises NotYet."""
+        answer = self._answer(ProofOf(kind, place))
+        assert isinstance(answer, Proven)
+        return answer.entries
 
     def checkpoint(self) -> bytes | None:
         """The sealed checkpoint of a node for the last block, None before one is known."""

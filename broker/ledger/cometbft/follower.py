@@ -27,7 +27,7 @@ from broker.protocol.envelope import Signer
 from broker.protocol.errors import ProtocolError
 from broker.protocol.keys import public_key_from_cose
 from broker.protocol.limits import MAX_BLOCK_BYTES, MAX_REASON_CHARACTERS
-from broker.protocol.messages import Block, Checkpoint, Genesis, MessageType, Result, ResultStatus
+from broker.protocol.messages import Block, Checkpoint, Genesis, MessageType, QueryKind, Result, ResultStatus
 
 LOG: Final = logging.getLogger("energy-broker")
 
@@ -89,7 +89,22 @@ class SignerOf:
     key_id: bytes
 
 
-Question = HoldingsOf | BlocksFrom | SignerOf
+@dataclass(frozen=True, slots=True)
+class ProofOf:
+    """Asks for a proof; the answer is a Proven."""
+
+    kind: QueryKind
+    place: int
+
+
+Question = HoldingsOf | BlocksFrom | SignerOf | ProofOf
+
+
+@dataclass(frozen=True, slots=True)
+class Proven:
+    """The entries of a page that proves something; none where a node cannot."""
+
+    entries: tuple[bytes, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +115,7 @@ class BlocksPage:
     blocks: tuple[bytes, ...]
 
 
-Answer = HoldingsPage | BlocksPage | Signer | None
+Answer = HoldingsPage | BlocksPage | Proven | Signer | None
 
 
 @dataclass(slots=True)
@@ -440,6 +455,8 @@ class Follower:
             match question:
                 case SignerOf(key_id):
                     answer: Answer = self._signer(node, key_id)
+                case ProofOf(kind, place):
+                    answer = _proven(node, kind, place)
                 case BlocksFrom(height):
                     answer = _blocks_page(node, height)
                 case HoldingsOf(party):
@@ -480,6 +497,14 @@ def _head(node: Node) -> tuple[Head, int]:
             except (ProtocolError, ValueError) as error:
                 raise NodeError(node.url, f"its answer to /head is no head ({error})") from error
     raise NodeError(node.url, "its answer to /head is none")
+
+
+def _proven(node: Node, kind: QueryKind, place: int) -> Proven:
+    """A node's proof. Whoever asked checks it; the node need not be believed."""
+    match _decoded(node, "/prove", cbor.encode([int(kind), place])):
+        case list(entries) if len(entries) <= 2 and all(type(raw) is bytes for raw in entries):
+            return Proven(tuple(entries))
+    raise NodeError(node.url, "its answer to /prove is none")
 
 
 def _blocks_page(node: Node, from_height: int) -> BlocksPage:

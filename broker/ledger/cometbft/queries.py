@@ -8,6 +8,7 @@
 | /blocks | [from height, bytes at most] | [height, [sealed block …]]; at least one block if there is any |
 | /holdings | [party, cursor or null] | [height, [holding …], next cursor or null] |
 | /signer | key id | [name, COSE_Key] of a registered party, or null |
+| /prove | [query kind, place] | entries of a page (`proving.prove`); none if it cannot be proven |
 | /result | batch id | [0, ledger height], [1, network height, operation or null, fault, reason], or null if not known |
 
 Answers of one path come from one moment; compare heights between pages. A refusal is remembered for a while only.
@@ -22,13 +23,15 @@ from typing import Any, Final
 from broker.ledger.chain import Head
 from broker.ledger.holdings_view import HoldingsView
 from broker.ledger.opening import party_signer
+from broker.ledger.proving import prove
+from broker.ledger.receipts import ProofFailed
 from broker.ledger.store import Store
 from broker.protocol import cbor
-from broker.protocol.codec import Bytes, Name, Row, Unsigned
+from broker.protocol.codec import Bytes, Choice, Name, Row, Unsigned
 from broker.protocol.errors import MalformedMessage
 from broker.protocol.keys import KEY_ID_BYTES
 from broker.protocol.limits import MAX_BLOCK_BYTES
-from broker.protocol.messages import Genesis
+from broker.protocol.messages import Genesis, QueryKind
 
 MAX_QUESTION_BYTES: Final = 512
 
@@ -117,6 +120,17 @@ def _signer(sources: Sources, question: bytes) -> bytes:
     return cbor.encode(None if signer is None else [signer.name, signer.key.cose_key])
 
 
+_PROVE_QUESTION: Final = Row((Choice(QueryKind), Unsigned()))
+
+
+def _prove(sources: Sources, question: bytes) -> bytes:
+    kind, place = _PROVE_QUESTION.decode(_decoded(question), "question")
+    try:
+        return cbor.encode(prove(sources.store, sources.genesis.ledger, kind, place))
+    except ProofFailed:
+        return cbor.encode([])
+
+
 def _result(sources: Sources, question: bytes) -> bytes:
     batch_id = Bytes(32, 32).decode(_decoded(question), "question")
     height = sources.store.height_of(batch_id)
@@ -139,5 +153,6 @@ _ANSWERS: Final[Mapping[str, Callable[[Sources, bytes], bytes]]] = {
     "/blocks": _blocks,
     "/holdings": _holdings,
     "/signer": _signer,
+    "/prove": _prove,
     "/result": _result,
 }

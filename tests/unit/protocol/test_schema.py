@@ -240,6 +240,7 @@ def test_asyncapi_describes_exactly_the_topics_of_the_topic_builder() -> None:
         topics.ledger_result("{ledger}", "{client}"),
         topics.ledger_feed("{ledger}"),
         topics.ledger_checkpoint("{ledger}"),
+        topics.ledger_witness("{ledger}", "{party}"),
         topics.time,
         topics.report("{participant}"),
     }
