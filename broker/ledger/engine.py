@@ -89,7 +89,7 @@ class LedgerEngine(Protocol):
         """The holdings at the last committed block, at least those of `party`. Raises NotYet."""
 
     def prove(self, kind: QueryKind, place: int) -> tuple[bytes, ...]:
-        """The entries of a page that proves this (`proving.prove`). Raises ProofFailed where it cannot be, and NotYet."""
+        """The entries of a page that proves this (`proving.prove`). Raises ProofFailed if it cannot be, or NotYet."""
 
     def blocks(self, from_height: int) -> Iterator[bytes]:
         """Sealed blocks from that height on, in order. Raises NotYet."""

@@ -1,5 +1,6 @@
 """The ABCI application without a socket: what it answers, what it writes and when, and that all nodes agree."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,13 +39,17 @@ from broker.ledger.cometbft.application import (
 from broker.ledger.holding import decode_holding
 from broker.ledger.limits import MAX_BLOCK_BATCHES
 from broker.ledger.operations import SetValidator, Void
+from broker.ledger.proofs import read_proof
+from broker.ledger.receipts import verify_consistency_receipt
 from broker.ledger.rows_digest import NO_DIGEST, app_hash_of, bucket_digests, rows_digest
 from broker.ledger.state import TOTAL, encode_key
 from broker.ledger.store import LedgerError
+from broker.ledger.trust import read_trust, trust_of
 from broker.ledger.verify import verify_ledger
 from broker.protocol import cbor, envelope
 from broker.protocol.keys import Algorithm, generate_private_key
 from broker.protocol.limits import MAX_BLOCK_BYTES
+from broker.protocol.messages import QueryKind
 from broker.protocol.sources import Source
 
 
@@ -293,6 +298,14 @@ def test_questions(traded: Node) -> None:
     assert (height, holding.asset.start_s, holding.to_wh, cursor) == (2, T0, 1_000, None)
     assert traded.query("/signer", key("b2").public.key_id) == ["b2", key("b2").public.cose_key]
     assert traded.query("/signer", b"k" * 16) is None
+    trust = read_trust(json.dumps(trust_of(NETWORK)))
+    (proof,) = traded.query("/prove", [int(QueryKind.OPERATION), 0])
+    assert read_proof(proof).check(trust)[0] == traded.application.head.checkpoint()
+    newest, receipt = traded.query("/prove", [int(QueryKind.CONSISTENCY), traded.application.head.tree_size])
+    root = traded.application.head.checkpoint().root
+    assert verify_consistency_receipt(receipt, root, trust).root == root
+    assert newest == traded.ask(abci.QueryRequest(path="/checkpoint")).value
+    assert traded.query("/prove", [int(QueryKind.OPERATION), 9_999]) == []
     head, network_height, digest = traded.query("/head")
     assert (head, network_height, digest) == (traded.application.head.to_bytes(), 2, NO_DIGEST)
     assert traded.ask(abci.QueryRequest(path="/genesis")).value == NETWORK.to_bytes()
