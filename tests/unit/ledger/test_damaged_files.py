@@ -189,7 +189,7 @@ def test_every_flipped_bit_is_found_or_changes_nothing_that_is_shown(
                 assert audited(path) == before, f"bit {bit} of byte {position} in {name}, {origin.name}"
             else:
                 found_out += 1
-    # A small file is mostly empty; and of the file of a killed ledger most pages stand in the log, and count from there.
+    # A small file is mostly empty; of the file of a killed ledger most pages stand in the log, and count from there.
     assert found_out > FLIPS // PARTS // 10 or (origin, name) == (killed_again.path, FILE_NAME), "these bits matter"
 
 
