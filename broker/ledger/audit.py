@@ -6,6 +6,8 @@ beneath it and held against the one that is stored:
 - issued = held + delivered + withdrawn + expired, for each asset and for each source and interval;
 - a source's sums in an interval are those of its assets there;
 - an asset's delivered Wh are its delivered slices, and no Wh of it stands in two slices;
+- of one device and interval, all revisions together have issued, less what was withdrawn, what the METERED row says;
+- over all time a device has metered what was issued to it, less what was withdrawn, plus what is carried on;
 - a demand's delivered Wh are the slices that name it, and not more than it asked for.
 
 Whether the rows themselves are right, from the first signature on, is for `verify.verify_ledger` to say. Memory holds
@@ -22,13 +24,16 @@ from typing import Any, Final, NamedTuple
 from broker.ledger.inspect import opened
 from broker.ledger.state import (
     ASSET,
+    CARRY,
     CLOSED,
     DEMAND,
     DEVICE,
+    METERED,
     PARTY,
     SLICE,
     TOTAL,
     Key,
+    MeteredRow,
     SliceRow,
     decode_key,
     decode_row,
@@ -60,12 +65,18 @@ class SourceLine:
 
 @dataclass(frozen=True, slots=True)
 class DeviceLine:
-    """All that one device has made: in how many assets, and what became of it, whoever holds or delivered it."""
+    """All that one device has made: in how many assets, and what became of it, whoever holds or delivered it.
+
+    metered = issued - withdrawn + carried: corrections and capacity limits leave Wh for the next issues to add, or to
+    take off where `carried_wh` is negative.
+    """
 
     device: str
     owner: str
     source: Source
     assets: int
+    metered_wh: int
+    carried_wh: int
     issued_wh: int
     held_wh: int
     delivered_wh: int
@@ -161,6 +172,7 @@ class _Books:
         self._sources: defaultdict[tuple[int, int], _Sums] = defaultdict(_Sums)
         self._devices: defaultdict[str, _Sums] = defaultdict(_Sums)
         self._assets: Counter[str] = Counter()
+        self._metered: Counter[str] = Counter()
         self._held: Counter[str] = Counter()
         self._delivered: Counter[str] = Counter()
         self._slices: Counter[tuple[int, str, int]] = Counter()
@@ -178,12 +190,29 @@ class _Books:
             )
         sources = self._source_lines()
         owners = {key[1]: row for key, row in self._rows(DEVICE)}
+        carried: Counter[str] = Counter()
+        for key, row in self._rows(CARRY):
+            carried[key[1]] += row.energy_wh
         for device in sorted(self._devices.keys() - owners.keys()):
             self._complain(f"device {device}: has assets and is not admitted")
         devices = tuple(
-            DeviceLine(name, owners[name].owner, Source(owners[name].source), self._assets[name], *self._devices[name])
+            DeviceLine(
+                name,
+                owners[name].owner,
+                Source(owners[name].source),
+                self._assets[name],
+                self._metered[name],
+                carried[name],
+                *self._devices[name],
+            )
             for name in sorted(owners)
         )
+        for line in devices:
+            if line.metered_wh != line.issued_wh - line.withdrawn_wh + line.carried_wh:
+                self._complain(
+                    f"device {line.device}: {line.metered_wh} Wh metered, but {line.issued_wh} issued"
+                    f" - {line.withdrawn_wh} withdrawn + {line.carried_wh} carried"
+                )
         return Audit(
             sources,
             devices,
@@ -202,29 +231,63 @@ class _Books:
             yield decode_key(raw_key), decode_row(table, raw)
 
     def _read_assets(self) -> None:
-        """Assets with their delivered slices, which come in the same order, and the demands of the same time."""
-        slices, demands = self._slices_by_asset(), self._rows(DEMAND)
-        of_asset, of_demand = next(slices, None), next(demands, None)
-        for raw_key, raw in self._store.state_rows(*table_bounds(ASSET)):
-            key = decode_key(raw_key)
-            while of_asset is not None and of_asset[0] < raw_key[_TABLE_BYTES:]:
-                self._complain_of_lost(of_asset[1])
-                of_asset = next(slices, None)
-            own: list[tuple[Key, SliceRow]] = []
-            if of_asset is not None and of_asset[0] == raw_key[_TABLE_BYTES:]:
-                own = of_asset[1]
-                of_asset = next(slices, None)
-            self._read_asset(key, decode_row(ASSET, raw), [(slice_key[5], row) for slice_key, row in own])
+        """Assets with their delivered slices and what was metered, which come in the same order, and the demands of the
+        same time.
+        """
+        slices, metered, demands = self._slices_by_asset(), self._metered_rows(), self._rows(DEMAND)
+        of_asset, of_interval, of_demand = next(slices, None), next(metered, None), next(demands, None)
+        for interval, assets in groupby(self._rows(ASSET), key=lambda row: row[0][1:4]):
+            revisions = list(assets)
+            for key, row in revisions:
+                raw_asset = encode_key(key)[_TABLE_BYTES:]
+                while of_asset is not None and of_asset[0] < raw_asset:
+                    self._complain_of_lost(of_asset[1])
+                    of_asset = next(slices, None)
+                own: list[tuple[Key, SliceRow]] = []
+                if of_asset is not None and of_asset[0] == raw_asset:
+                    own = of_asset[1]
+                    of_asset = next(slices, None)
+                self._read_asset(key, row, [(slice_key[5], item) for slice_key, item in own])
+            raw_interval = encode_key((METERED, *interval))[_TABLE_BYTES:]
+            while of_interval is not None and of_interval[0] < raw_interval:
+                self._read_interval(of_interval[1][1:], of_interval[2], [])
+                of_interval = next(metered, None)
+            if of_interval is not None and of_interval[0] == raw_interval:
+                self._read_interval(interval, of_interval[2], revisions)
+                of_interval = next(metered, None)
+            else:
+                self._read_interval(interval, None, revisions)
             # A demand is settled once its slices were seen, so that only those of open windows wait.
-            while of_demand is not None and of_demand[0][1] <= key[1]:
+            while of_demand is not None and of_demand[0][1] <= interval[0]:
                 self._read_demand(*of_demand)
                 of_demand = next(demands, None)
         while of_asset is not None:
             self._complain_of_lost(of_asset[1])
             of_asset = next(slices, None)
+        while of_interval is not None:
+            self._read_interval(of_interval[1][1:], of_interval[2], [])
+            of_interval = next(metered, None)
         while of_demand is not None:
             self._read_demand(*of_demand)
             of_demand = next(demands, None)
+
+    def _read_interval(self, interval: Key, metered: MeteredRow | None, revisions: list[tuple[Key, Any]]) -> None:
+        """What a device metered in an interval, by its METERED row or else by its only asset, of revision 0."""
+        start_s, device, _ = interval
+        net_wh = sum(row.issued_wh - row.withdrawn_wh for _, row in revisions)
+        if metered is None:
+            if [key[4] for key, _ in revisions] != [0]:
+                self._complain(f"{device} at {start_s}: corrected, and what it metered last is not on record")
+            self._metered[device] += revisions[0][1].issued_wh
+            return
+        if metered.net_wh != net_wh:
+            self._complain(
+                f"{device} at {start_s}: {net_wh} Wh are issued and not withdrawn, on record {metered.net_wh}"
+            )
+        self._metered[device] += metered.energy_wh
+
+    def _metered_rows(self) -> Iterator[tuple[bytes, Key, MeteredRow]]:
+        return ((encode_key(key)[_TABLE_BYTES:], key, row) for key, row in self._rows(METERED))
 
     def _slices_by_asset(self) -> Iterator[tuple[bytes, list[tuple[Key, Any]]]]:
         """The delivered slices of one asset after the other, under what its key has behind the table.

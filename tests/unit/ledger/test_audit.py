@@ -15,6 +15,7 @@ from support.ledger_world import (
     admit,
     batch,
     close,
+    correct,
     deliver,
     found,
     issue,
@@ -31,7 +32,19 @@ from broker.cli import main
 from broker.ledger.audit import CloseLine, DeliveryLine, DeviceLine, PartyLine, SourceLine, audit_ledger
 from broker.ledger.embedded import EmbeddedLedger
 from broker.ledger.operations import AssetId, DeliveredSlice, Window
-from broker.ledger.state import DEMAND, PARTY, SLICE, TOTAL, Key, asset_key, decode_row, encode_key, encode_row
+from broker.ledger.state import (
+    CARRY,
+    DEMAND,
+    METERED,
+    PARTY,
+    SLICE,
+    TOTAL,
+    Key,
+    asset_key,
+    decode_row,
+    encode_key,
+    encode_row,
+)
 from broker.ledger.store import FILE_NAME, LedgerError
 from broker.protocol.messages import Carrier
 from broker.protocol.sources import Source
@@ -81,10 +94,10 @@ def test_the_books(ledger: Path) -> None:
         SourceLine(LATER, Source.HYDRO, 5, 5, 0, 0, 0),
     )
     assert audit.devices == (
-        DeviceLine("hydro-1", "alice", Source.HYDRO, 1, 5, 5, 0, 0, 0),
-        DeviceLine("solar-1", "alice", Source.SOLAR, 2, 1_500, 630, 870, 0, 0),
-        DeviceLine("south-1", "bob", Source.SOLAR, 0, 0, 0, 0, 0, 0),
-        DeviceLine("wind-1", "alice", Source.WIND, 0, 0, 0, 0, 0, 0),
+        DeviceLine("hydro-1", "alice", Source.HYDRO, 1, 5, 0, 5, 5, 0, 0, 0),
+        DeviceLine("solar-1", "alice", Source.SOLAR, 2, 1_500, 0, 1_500, 630, 870, 0, 0),
+        DeviceLine("south-1", "bob", Source.SOLAR, 0, 0, 0, 0, 0, 0, 0, 0),
+        DeviceLine("wind-1", "alice", Source.WIND, 0, 0, 0, 0, 0, 0, 0, 0),
     )
     assert audit.parties == (
         PartyLine("alice", 1_505, 0, 0, 305, 0),
@@ -141,6 +154,8 @@ def gone(path: Path, where: Key) -> None:
 
 SLICE_600 = (SLICE, *asset_key(SOLAR)[1:], 600)
 TOTAL_SOLAR = (TOTAL, T0, int(Source.SOLAR))
+METERED_SOLAR = (METERED, T0, "solar-1", int(Carrier.ELECTRICITY))
+CARRY_SOLAR = (CARRY, "solar-1", int(Carrier.ELECTRICITY))
 DEMAND_7 = (DEMAND, T0, pseudonym(7))
 
 
@@ -162,6 +177,7 @@ DEMAND_7 = (DEMAND, T0, pseudonym(7))
             (
                 "asset of solar-1 at 1699920000, revision 0: its delivered slices are 830 Wh, it says 829",
                 "solar at 1699920000: the sums are not those of its assets",
+                "device solar-1: 1500 Wh metered, but 1500 issued - 1 withdrawn + 0 carried",
             ),
         ),
         (
@@ -220,6 +236,50 @@ def test_books_that_do_not_balance(
     else:
         changed(copied, where, **values)
     assert audit_ledger(copied).faults == faults
+
+
+@pytest.fixture
+def corrected(copied: Path) -> Path:
+    """Up by 100, down by 150, and down below what can be withdrawn once the deadline is past: that is carried."""
+    deadline_s = GENESIS.correction_deadline_s
+    engine = found(copied)
+    for raw in (
+        batch(correct("solar-1", 1_100)),
+        batch(correct("solar-1", 950, 2)),
+        batch(*(close(LATER + number * INTERVAL_S) for number in range(deadline_s // INTERVAL_S)), not_after_s=2**40),
+        batch(correct("solar-1", 940, 3), not_after_s=2**40),
+    ):
+        assert engine.submit(raw) is None
+        assert [answer.result.reason for answer in engine.commit().results if not answer.result.height] == []
+    engine.close()
+    return copied
+
+
+def test_corrected_and_carried_books(corrected: Path) -> None:
+    audit = audit_ledger(corrected)
+    assert audit.faults == ()
+    solar = next(line for line in audit.devices if line.device == "solar-1")
+    assert (solar.assets, solar.metered_wh, solar.issued_wh, solar.withdrawn_wh) == (3, 1_440, 1_600, 150)
+    assert solar.carried_wh == -10
+    assert audit.sources[0] == SourceLine(T0, Source.SOLAR, 1_100, 120, 830, 150, 0)
+
+
+@pytest.mark.parametrize(
+    ("where", "values", "fault"),
+    [
+        (METERED_SOLAR, {"energy_wh": 941}, "device solar-1: 1441 Wh metered, but 1600 issued - 150"),
+        (METERED_SOLAR, {"net_wh": 951}, "solar-1 at 1699920000: 950 Wh are issued and not withdrawn"),
+        (METERED_SOLAR, None, "solar-1 at 1699920000: corrected, and what it metered last"),
+        (CARRY_SOLAR, {"energy_wh": -9}, "device solar-1: 1440 Wh metered, but 1600 issued - 150"),
+        (CARRY_SOLAR, None, "device solar-1: 1440 Wh metered, but 1600 issued - 150"),
+    ],
+)
+def test_what_was_metered_is_conserved(corrected: Path, where: Key, values: dict[str, Any] | None, fault: str) -> None:
+    if values is None:
+        gone(corrected, where)
+    else:
+        changed(corrected, where, **values)
+    assert any(said.startswith(fault) for said in audit_ledger(corrected).faults)
 
 
 @pytest.mark.parametrize("asset", [SOLAR, SOLAR_LATER])
