@@ -7,13 +7,12 @@ import argparse
 import os
 import random
 import sys
-import tempfile
 import time
 from collections import Counter
-from pathlib import Path
 
 from mutate.equivalent import EQUIVALENT
-from mutate.run import all_mutants, judge_all
+from mutate.mutants import Mutant
+from mutate.run import Verdict, all_mutants, judge_all
 
 
 def main() -> int:
@@ -22,6 +21,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="which ones")
     parser.add_argument("--only", default="", help="only mutants whose name contains this")
     parser.add_argument("--workers", type=int, default=2, help="tests that run at a time")
+    parser.add_argument("--verbose", action="store_true", help="say for each mutant which test found it")
     options = parser.parse_args()
     everything = all_mutants()
     chosen = [mutant for mutant in everything if options.only in mutant.name and mutant.name not in EQUIVALENT]
@@ -30,16 +30,19 @@ def main() -> int:
     os.nice(5)
     began = time.monotonic()
     found: Counter[str] = Counter()
-    survivors = []
-    with tempfile.TemporaryDirectory(prefix="dengen-mutate-") as folder:
-        for number, verdict in enumerate(judge_all(chosen, Path(folder), options.workers), 1):
-            mutant = verdict.mutant
-            found[mutant.kind] += verdict.found_by is not None
-            if verdict.found_by is None:
-                survivors.append(mutant)
-                print(f"SURVIVED {mutant.module}:{mutant.line} {mutant.name}", flush=True)
-            elif sys.stderr.isatty() or number % 50 == 0:
-                print(f"{number}/{len(chosen)}", file=sys.stderr, flush=True)
+    survivors: list[Mutant] = []
+
+    def report(verdict: Verdict) -> None:
+        mutant = verdict.mutant
+        if verdict.found_by is None:
+            survivors.append(mutant)
+            print(f"SURVIVED line {mutant.line} of {mutant.name}", flush=True)
+        else:
+            found[mutant.kind] += 1
+            if options.verbose:
+                print(f"found by {verdict.found_by}: {mutant.name}", flush=True)
+
+    judge_all(chosen, options.workers, report)
     of_kind = Counter(mutant.kind for mutant in chosen)
     for kind in sorted(of_kind):
         print(f"{kind:10} {found[kind]:4} of {of_kind[kind]:4} found")

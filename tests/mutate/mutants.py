@@ -87,6 +87,9 @@ def _sites_of(function: str, root: ast.FunctionDef) -> Iterator[_Site]:
                     yield from _statement_sites(function, statements, at, statement)
         if isinstance(parent, ast.BoolOp):
             for at, operand in enumerate(parent.values):
+                # `x or 0` gives a default and decides nothing.
+                if isinstance(operand, ast.Constant):
+                    continue
                 yield _Site("condition", function, operand, ast.unparse(operand), _dropping(parent.values, at))
         if isinstance(parent, ast.Compare) and len(parent.ops) > 1:
             yield from _chain_sites(function, parent)

@@ -5,7 +5,6 @@ from broker.ledger.limits import MAX_HELD_SLICES
 from broker.ledger.operations import AssetId
 from broker.ledger.rules.step import Refused, Step, responsible_broker
 from broker.ledger.state import (
-    ASSET,
     DEVICE,
     MANDATED,
     OWNED,
@@ -29,11 +28,11 @@ from broker.protocol.messages import Role
 def check_books(overlay: Overlay) -> None:
     """issued = held + delivered + withdrawn + expired in every row that was written; raises LedgerInvariantBroken."""
     for key, row in overlay.written.items():
-        if key[0] == ASSET and isinstance(row, AssetRow):
+        if isinstance(row, AssetRow):
             held_wh = sum([held.to_wh - held.from_wh for held in row.held])
             if row.issued_wh != held_wh + row.delivered_wh + row.withdrawn_wh + row.expired_wh:
                 raise LedgerInvariantBroken(key, row)
-        elif key[0] == TOTAL and isinstance(row, TotalRow):
+        elif isinstance(row, TotalRow):
             gone_wh = row.delivered_wh + row.withdrawn_wh + row.expired_wh
             if row.issued_wh != row.held_wh + gone_wh or min(row) < 0:
                 raise LedgerInvariantBroken(key, row)

@@ -1,0 +1,95 @@
+"""The last check of every batch, on rows that no rule would write, and the sender's key against the sender's name."""
+
+import pytest
+from support.ledger_world import (
+    CHARTER,
+    GENESIS,
+    INTERVAL_S,
+    T0,
+    Nothing,
+    World,
+    asset,
+    close,
+    issue,
+    key,
+    order,
+    seal,
+    take,
+)
+
+from broker.ledger import state
+from broker.ledger.faults import Fault, LedgerInvariantBroken, RuleViolation
+from broker.ledger.opening import OpenedBatch
+from broker.ledger.operations import Transfer, Void, encode_operation
+from broker.ledger.rules import apply_batch
+from broker.ledger.rules.books import check_books
+from broker.ledger.state import AssetRow, Held, Overlay, TotalRow
+
+ASSET = (state.ASSET, T0, "solar-1", 0, 0)
+TOTAL = (state.TOTAL, T0, 1)
+LAST_USE_S = 31 * 86_400 + GENESIS.correction_deadline_s
+"""So long after the start of its own interval begins the interval whose close expires an asset."""
+SOUND = AssetRow(1, "north", 10, 1, 2, 3, (Held(0, 4, "alice"),), 1)
+
+
+def written(key: state.Key, row: state.Row | None) -> Overlay:
+    overlay = Overlay(Nothing())
+    overlay.put(key, row)
+    return overlay
+
+
+def test_books_that_balance_pass() -> None:
+    check_books(written(ASSET, SOUND))
+    check_books(written(TOTAL, TotalRow(10, 4, 1, 2, 3)))
+    check_books(written(ASSET, None))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        SOUND._replace(issued_wh=11),
+        SOUND._replace(delivered_wh=0),
+        SOUND._replace(withdrawn_wh=3),
+        SOUND._replace(expired_wh=2),
+        SOUND._replace(held=(Held(0, 3, "alice"),)),
+    ],
+)
+def test_an_asset_that_does_not_add_up_stops_the_ledger(row: AssetRow) -> None:
+    with pytest.raises(LedgerInvariantBroken):
+        check_books(written(ASSET, row))
+
+
+@pytest.mark.parametrize("row", [TotalRow(9, 4, 1, 2, 3), TotalRow(10, 5, 1, 2, 3), TotalRow(0, -1, 1, 0, 0)])
+def test_a_total_that_does_not_add_up_or_is_negative_stops_the_ledger(row: TotalRow) -> None:
+    with pytest.raises(LedgerInvariantBroken):
+        check_books(written(TOTAL, row))
+
+
+@pytest.mark.parametrize("holder", ["b2", "solar-1"])
+def test_a_batch_under_the_key_of_another_party_or_of_a_meter_is_refused(holder: str) -> None:
+    """Opening finds the sender by the key; the rules do not rest on that."""
+    world = World.set_up()
+    encoded = encode_operation(Void(b"o" * 16))
+    opened = OpenedBatch("b1", key(holder).public.key_id, b"i" * 32, T0, (Void(b"o" * 16),), (encoded,), b"")
+    with pytest.raises(RuleViolation) as caught:
+        apply_batch(Overlay(world.state), CHARTER, opened)
+    assert caught.value.code is Fault.NOT_REGISTERED
+
+
+@pytest.mark.parametrize(("late_intervals", "refused"), [(0, True), (-1, False)])
+def test_an_asset_is_past_use_with_the_very_close_that_expires_it(late_intervals: int, refused: bool) -> None:
+    """b1 parks what it holds with bob while it closes, and takes it back: that helps only before its time."""
+    world = World.set_up()
+    world.apply(issue("solar-1", 10), take("solar-1", 0, 10))
+    after_all_s = T0 + 3 * LAST_USE_S
+    world.apply(Transfer(asset("solar-1"), 0, 10, "b1", "bob", 1, None))
+    world.apply(close(T0 + LAST_USE_S + late_intervals * INTERVAL_S))
+    asked = seal(order(requester="b1", path=("b1", "bob"), not_after_s=after_all_s), "b1")
+    world.apply(Transfer(asset("solar-1"), 0, 10, "bob", "b1", 1, asked), by="bob", not_after_s=after_all_s)
+    hand_over = Transfer(asset("solar-1"), 0, 10, "b1", "alice", 1, None)
+    if not refused:
+        world.apply(hand_over, not_after_s=after_all_s)
+        return
+    with pytest.raises(RuleViolation) as caught:
+        world.apply(hand_over, not_after_s=after_all_s)
+    assert caught.value.code is Fault.ASSET_EXPIRED
