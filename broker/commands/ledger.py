@@ -56,7 +56,19 @@ def add_commands(commands: Any) -> None:
     show.add_argument("path", type=Path, metavar="PATH", help="the ledger's directory")
     show.add_argument(
         "what",
-        choices=("head", "blocks", "operations", "assets", "demands", "deliveries", "orders"),
+        choices=(
+            "head",
+            "blocks",
+            "operations",
+            "assets",
+            "demands",
+            "deliveries",
+            "orders",
+            "corrections",
+            "carried",
+            "keys",
+            "validators",
+        ),
         help="head is the last block with its hashes",
     )
     show.add_argument("--json", action="store_true", help="one JSON object a line")
@@ -112,6 +124,10 @@ def _ledger_show(options: argparse.Namespace) -> int:
         "demands": inspect.demands,
         "deliveries": inspect.deliveries,
         "orders": inspect.order_transfers,
+        "corrections": inspect.metered,
+        "carried": inspect.carried,
+        "keys": inspect.keys,
+        "validators": inspect.validators,
     }
     for row in views[options.what](options.path):
         print_row(plain(row), as_json=options.json)

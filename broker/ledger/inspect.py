@@ -11,15 +11,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from broker.ledger.opening import charter_of
 from broker.ledger.operations import AssetId, Operation, Transfer, decode_operation
+from broker.ledger.rules import validators_now
 from broker.ledger.state import (
     ASSET,
+    CARRY,
     DEMAND,
+    KEY,
+    METERED,
     SLICE,
     AssetRow,
+    CarryRow,
     DemandRow,
     Held,
     Key,
+    KeyRow,
+    MeteredRow,
     Row,
     SliceRow,
     decode_key,
@@ -29,7 +37,7 @@ from broker.ledger.state import (
 from broker.ledger.store import FILE_NAME, LedgerError, Store
 from broker.protocol import envelope
 from broker.protocol.errors import ProtocolError
-from broker.protocol.messages import Batch, Block, Carrier, Genesis, Order
+from broker.protocol.messages import Batch, Block, Carrier, Genesis, KeyHolder, Order
 from broker.protocol.sources import Source
 
 
@@ -69,6 +77,7 @@ class DemandLine:
     broker: str
     demanded_wh: int
     delivered_wh: int
+    revision: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +107,50 @@ class OrderTransfer:
     receiver: str
     price: int
     delivered: tuple[DeliveryLine, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MeteredLine:
+    """What a device metered in an interval that was corrected, late or carried; `net_wh`: issued and not withdrawn."""
+
+    device: str
+    carrier: Carrier
+    start_s: int
+    revision: int
+    energy_wh: int
+    high_water_wh: int
+    net_wh: int
+
+
+@dataclass(frozen=True, slots=True)
+class CarryLine:
+    """Wh that a device's next issue adds, or takes off where it is negative."""
+
+    device: str
+    carrier: Carrier
+    energy_wh: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeyLine:
+    """A key of a party or of a device's meter; one that gave way to another says until when it serves."""
+
+    key_id: bytes
+    holder: KeyHolder
+    name: str
+    retired_from_s: int | None
+    grace_until_s: int | None
+    revoked: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ValidatorLine:
+    """Who signs blocks, after the change of validators with that sequence (0: as the genesis says)."""
+
+    sequence: int
+    name: str
+    cose_key: bytes
+    power: int
 
 
 def genesis(path: Path) -> Genesis:
@@ -145,7 +198,7 @@ def demands(path: Path) -> Iterator[DemandLine]:
     with opened(path) as store:
         for key, row in _rows(store, DEMAND):
             assert isinstance(row, DemandRow)
-            yield DemandLine(key[1], key[2], row.broker, row.demanded_wh, row.delivered_wh)
+            yield DemandLine(key[1], key[2], row.broker, row.demanded_wh, row.delivered_wh, row.revision)
 
 
 def deliveries(path: Path) -> Iterator[DeliveryLine]:
@@ -153,6 +206,40 @@ def deliveries(path: Path) -> Iterator[DeliveryLine]:
     with opened(path) as store:
         for key, row in _rows(store, SLICE):
             yield _delivery(key, row)
+
+
+def metered(path: Path) -> Iterator[MeteredLine]:
+    """Device intervals that were corrected, late or carried, by interval and device."""
+    with opened(path) as store:
+        for key, row in _rows(store, METERED):
+            assert isinstance(row, MeteredRow)
+            yield MeteredLine(key[2], Carrier(key[3]), key[1], *row)
+
+
+def carried(path: Path) -> Iterator[CarryLine]:
+    """What devices carry to their next issues."""
+    with opened(path) as store:
+        for key, row in _rows(store, CARRY):
+            assert isinstance(row, CarryRow)
+            yield CarryLine(key[1], Carrier(key[2]), row.energy_wh)
+
+
+def keys(path: Path) -> Iterator[KeyLine]:
+    """All keys of parties and meters, those that gave way or are revoked included."""
+    with opened(path) as store:
+        for key, row in _rows(store, KEY):
+            assert isinstance(row, KeyRow)
+            yield KeyLine(
+                key[1], KeyHolder(row.holder), row.name, row.retired_from_s, row.grace_until_s, row.revoked
+            )
+
+
+def validators(path: Path) -> Iterator[ValidatorLine]:
+    """Who signs blocks now, by name."""
+    with opened(path) as store:
+        row = validators_now(store, charter_of(_genesis(store)))
+        for validator in row.validators:
+            yield ValidatorLine(row.sequence, *validator)
 
 
 def order_transfers(path: Path, order_id: bytes | None = None) -> Iterator[OrderTransfer]:

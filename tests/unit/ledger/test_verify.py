@@ -117,9 +117,9 @@ def test_the_views(sound: Path) -> None:
         ),
     ]
     assert list(inspect.demands(sound)) == [
-        DemandLine(T0, pseudonym(1), "b1", 700, 600),
-        DemandLine(T0, pseudonym(7), "b2", 300, 300),
-        DemandLine(T0, pseudonym(8), "b2", 50, 0),
+        DemandLine(T0, pseudonym(1), "b1", 700, 600, 0),
+        DemandLine(T0, pseudonym(7), "b2", 300, 300, 0),
+        DemandLine(T0, pseudonym(8), "b2", 50, 0, 0),
     ]
     (transfer,) = inspect.order_transfers(sound, b"o" * 16)
     assert (transfer.sender, transfer.receiver, transfer.from_wh, transfer.to_wh, transfer.height) == (
