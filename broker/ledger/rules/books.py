@@ -76,6 +76,7 @@ def given(held: tuple[Held, ...], new: Held) -> tuple[Held, ...]:
 
 
 def holds(slices: tuple[Held, ...], owner: str) -> bool:
+    """True if one of the slices is the owner's."""
     for held in slices:  # noqa: SIM110  # A generator takes three times as long, and deliveries ask this most.
         if held.owner == owner:
             return True
@@ -126,6 +127,7 @@ def _mandated_key(broker: str, asset: AssetId) -> Key:
 
 
 def total_of(state: State, start_s: int, source: int) -> TotalRow:
+    """What is on record of one source in one interval; zeros if nothing is."""
     row: TotalRow | None = state.get((TOTAL, start_s, source))
     return TotalRow(0, 0, 0, 0, 0) if row is None else row
 
@@ -158,5 +160,6 @@ def put_asset(step: Step, asset: AssetId, before: AssetRow | None, after: AssetR
 
 
 def unknown_asset(asset: AssetId) -> Refused:
+    """The refusal of an operation that names an asset which was never issued."""
     # A slice of something that was never issued.
     return Refused(Fault.UNKNOWN_ASSET, f"no asset of {asset.device} at {asset.start_s}, revision {asset.revision}")

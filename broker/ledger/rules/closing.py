@@ -26,6 +26,7 @@ from broker.protocol.messages import Carrier
 
 
 def close(step: Step, operation: Close) -> None:
+    """The submitter has finished an interval: its clock moves on, old assets expire. Or it states an interval anew."""
     require_broker(step)
     overlay, broker = step.overlay, step.submitter
     # A broker's market clock runs in market intervals.

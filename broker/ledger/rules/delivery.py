@@ -26,6 +26,7 @@ _DAY_S: Final = 86_400
 
 
 def deliver(step: Step, operation: Deliver) -> None:
+    """Slices of the submitter go to the consumer behind a pseudonym, for good."""
     require_broker(step)
     overlay, submitter, start_s = step.overlay, step.submitter, operation.start_s
     # Consumption is settled by market interval.
@@ -124,6 +125,7 @@ def _month_of(time_s: int) -> tuple[int, int]:
 
 
 def correct_demand(step: Step, operation: CorrectDemand) -> None:
+    """The demand of a consumer of the submitter has another amount; what is too much comes back."""
     require_broker(step)
     overlay, start_s = step.overlay, operation.start_s
     demand_key = (DEMAND, start_s, operation.pseudonym)

@@ -32,6 +32,7 @@ from broker.protocol.messages import Quality, Reading
 
 
 def issue(step: Step, operation: Issue) -> None:
+    """A meter's first reading of an interval becomes an asset of its device's owner."""
     reading, device, is_late = _checked(step, operation.statement)
     # What follows revision 0 is a correction, with rules for what has been delivered already.
     if reading.revision != 0:
@@ -55,6 +56,7 @@ def issue(step: Step, operation: Issue) -> None:
 
 
 def correct(step: Step, operation: Correct) -> None:
+    """A meter's later revision: the difference is added, withdrawn, or carried to what the device makes next."""
     reading, device, is_late = _checked(step, operation.statement)
     before = _metered(step, reading)
     # Each revision follows the one before, so that none is missing from the record and none counts twice.

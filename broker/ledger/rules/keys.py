@@ -53,6 +53,7 @@ def require_serving(state: State, key_id: bytes, start_s: int, clock_s: int) -> 
 
 
 def rotate_key(step: Step, operation: RotateKey) -> None:
+    """A holder's current key gives way to a new one."""
     overlay = step.overlay
     statement, opened = open_statement(
         operation.statement, step.charter, lambda key: _signer(overlay, step.charter, key), KeyRotation
@@ -90,6 +91,7 @@ def rotate_key(step: Step, operation: RotateKey) -> None:
 
 
 def revoke_key(step: Step, operation: RevokeKey) -> None:
+    """A key counts for nothing from now on."""
     overlay = step.overlay
     # Revoked keys are looked up as well: the same revocation, sent again, must not be a fault.
     statement, opened = open_statement(

@@ -11,6 +11,7 @@ from broker.protocol.messages import Admission, EndOfMandate, KeyHolder, Mandate
 
 
 def register(step: Step, operation: Register) -> None:
+    """A registrar admits a party with its key."""
     statement, _ = open_statement(operation.statement, step.charter, step.charter.registrars.get, Registration)
     key = public_key_from_cose(statement.key)
     # Who admits must not trade: a registrar could otherwise admit devices to its own advantage.
@@ -31,6 +32,7 @@ def register(step: Step, operation: Register) -> None:
 
 
 def admit(step: Step, operation: Admit) -> None:
+    """A registrar admits a device with its meter's key."""
     statement, _ = open_statement(operation.statement, step.charter, step.charter.registrars.get, Admission)
     key = public_key_from_cose(statement.meter_key)
     row = DeviceRow(
@@ -64,6 +66,7 @@ def admit(step: Step, operation: Admit) -> None:
 
 
 def mandate(step: Step, operation: MandateOp) -> None:
+    """An owner lets one broker take what a device makes from a boundary on."""
     statement, opened = open_statement(
         operation.statement, step.charter, lambda key: party_signer(step.overlay, key), Mandate
     )
@@ -88,6 +91,7 @@ def mandate(step: Step, operation: MandateOp) -> None:
 
 
 def end_mandate(step: Step, operation: EndMandate) -> None:
+    """An owner ends the device's last mandate at a boundary to come."""
     statement, opened = open_statement(
         operation.statement, step.charter, lambda key: party_signer(step.overlay, key), EndOfMandate
     )

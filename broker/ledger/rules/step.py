@@ -58,6 +58,7 @@ def expired_to(charter: Charter, clock_s: int) -> int:
 
 
 def mandates_of(state: State, device: str) -> tuple[MandateSpan, ...]:
+    """The device's mandates in the order of time, ended ones included."""
     row: MandatesRow | None = state.get((MANDATES, device))
     return () if row is None else row.spans
 

@@ -12,6 +12,7 @@ from broker.protocol.messages import Order, Role
 
 
 def transfer(step: Step, operation: Transfer) -> None:
+    """A range of an asset passes from its holder to another party."""
     overlay, asset = step.overlay, operation.asset
     key = asset_key(asset)
     row: AssetRow | None = overlay.get(key)
@@ -109,6 +110,7 @@ def _use_order(step: Step, operation: Transfer, source: int) -> None:
 
 
 def void(step: Step, operation: Void) -> None:
+    """The submitter gives up an order of its own; the row stays, so that nothing comes under it later."""
     require_broker(step)
     # The row's key holds the submitter's name, so nobody can void an order but its requester.
     key = (ORDER, step.submitter, operation.order_id)

@@ -26,6 +26,7 @@ def signers_now(state: State, charter: Charter) -> dict[bytes, Signer]:
 
 
 def set_validator(step: Step, operation: SetValidator) -> None:
+    """More than half of the registrars change one validator."""
     registrars = step.charter.registrars.get
     statements = [open_statement(raw, step.charter, registrars, ValidatorChange) for raw in operation.statements]
     change = statements[0][0]
