@@ -8,18 +8,19 @@ import contextlib
 import os
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
 from broker.ledger.chain import Head
-from broker.ledger.cometbft.home import LEDGER_FOLDER
+from broker.ledger.cometbft.home import LEDGER_FOLDER, NODE_FILE, load_node_config, node_config_text
 from broker.ledger.cometbft.node import PID_NAME
 from broker.ledger.cometbft.rpc import HttpNode, NodeError
 from broker.ledger.cometbft.testnet import TestnetNode, load_testnet, node_command
 from broker.protocol import cbor
 from dengen_testing.processes import ManagedProcess, ProcessGroup
+from dengen_testing.relay import Relay
 from dengen_testing.waiting import wait_until
 
 START_LIMIT_S: Final = 60.0
@@ -153,6 +154,48 @@ class Network:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+class CutOff:
+    """Puts relays between one node and all others, which `cut` ends and `mend` restores. Before the network starts.
+
+    Close it after the network.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        setups = load_testnet(folder)
+        (victim,) = [setup for setup in setups if setup.name == name]
+        self._relays: list[Relay] = []
+        inward = self._relay(victim.p2p)
+        for setup in setups:
+            config = load_node_config(setup.home)
+            if setup is victim:
+                replaced = {other.p2p: self._relay(other.p2p) for other in setups if other is not victim}
+            else:
+                replaced = {victim.p2p: inward}
+            peers = []
+            for peer in config.p2p.peers:
+                node_id, _, address = peer.partition("@")
+                peers.append(f"{node_id}@{replaced.get(address, address)}")
+            changed = replace(config, p2p=replace(config.p2p, peers=tuple(peers)))
+            (setup.home / NODE_FILE).write_text(node_config_text(changed))
+
+    def cut(self) -> None:
+        for relay in self._relays:
+            relay.cut()
+
+    def mend(self) -> None:
+        for relay in self._relays:
+            relay.mend()
+
+    def close(self) -> None:
+        for relay in self._relays:
+            relay.close()
+
+    def _relay(self, target: str) -> str:
+        relay = Relay(target)
+        self._relays.append(relay)
+        return relay.address
 
 
 def _is_cometbft(pid: int, home: Path) -> bool:
