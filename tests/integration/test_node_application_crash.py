@@ -49,7 +49,7 @@ class Fragile(application.NodeApplication):
         return abci.CommitResponse()
 
 server.NodeApplication = Fragile
-server.serve_application(directory / "ledger", GENESIS, "node", key("node"), directory / "app.sock", stop)
+server.serve_application(directory / "ledger", GENESIS, "node", key("node"), directory / "app.sock", stop, 1_000)
 """
 
 TRADE = batch(issue("solar-1", 1_000), take("solar-1", 0, 1_000))

@@ -133,8 +133,7 @@ def consensus_key(cose_key: bytes) -> bytes:
     key = public_key_from_cose(cose_key)
     if key.algorithm is not Algorithm.ED25519:
         raise ValueError("CometBFT's validators need Ed25519 keys")
-    encoded: bytes = cbor.decode(cose_key, "COSE_Key", len(cose_key))[-2]
-    return encoded
+    return key.ed25519_bytes()
 
 
 class NodeApplication:

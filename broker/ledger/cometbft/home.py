@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 from broker.ledger.chain import genesis_hash
-from broker.ledger.cometbft.application import VALIDATOR_POWER, app_state_of
+from broker.ledger.cometbft.application import SNAPSHOT_EVERY, VALIDATOR_POWER, app_state_of
 from broker.ledger.limits import MAX_BLOCK_BATCHES
 from broker.protocol.keys import Algorithm, PrivateKey, PublicKey, public_key_from_cose
 from broker.protocol.limits import MAX_BATCH_BYTES, MAX_BLOCK_BYTES
@@ -82,6 +82,29 @@ class ConsensusSection:
 
 
 @dataclass(frozen=True, slots=True)
+class SnapshotSection:
+    """Snapshots for nodes that join later, and the start of this node from one of theirs (state sync).
+
+    `every`: blocks from one snapshot to the next, 0 for none. The same on all nodes: what they agree on depends on it.
+    `from_nodes`: a new node begins with a snapshot if at least two RPC addresses HOST:PORT of nodes stand here. It then
+    trusts block `trust_height` of the network by its hash `trust_hash` (hex), which two operators have told it: one of
+    the last seven days, and never the first, whose time is that of the genesis.
+    """
+
+    every: Annotated[int, Between(0, 1_000_000)] = SNAPSHOT_EVERY
+    from_nodes: tuple[str, ...] = ()
+    trust_height: Annotated[int, Between(0, 2**53)] = 0
+    trust_hash: str = ""
+
+    def __post_init__(self) -> None:
+        if self.from_nodes and (len(self.from_nodes) < 2 or self.trust_height < 2 or len(self.trust_hash) != 64):
+            raise WrongValue(
+                "from_nodes",
+                "two nodes or more, with a trust_height of 2 or more and its trust_hash (64 hex characters)",
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class NodeConfig:
     """`node.toml`: what an operator says about a node. CometBFT's own files are made from it at every start."""
 
@@ -91,6 +114,7 @@ class NodeConfig:
     p2p: P2pSection = field(default_factory=P2pSection)
     rpc: RpcSection = field(default_factory=RpcSection)
     consensus: ConsensusSection = field(default_factory=ConsensusSection)
+    snapshots: SnapshotSection = field(default_factory=SnapshotSection)
 
 
 def load_node_config(home: Path) -> NodeConfig:
@@ -124,6 +148,14 @@ vote_ms = {consensus.vote_ms}
 commit_ms = {consensus.commit_ms}
 # For a machine that takes over from another one: refuse to start while the last so many blocks carry our vote.
 double_sign_check_height = {consensus.double_sign_check_height}
+
+[snapshots]
+# Blocks from one snapshot to the next; the same on all nodes.
+every = {config.snapshots.every}
+# A new node begins with a snapshot of others where these say from whom, and which block to trust.
+from_nodes = {json.dumps(list(config.snapshots.from_nodes))}
+trust_height = {config.snapshots.trust_height}
+trust_hash = "{config.snapshots.trust_hash}"
 """
 
 
@@ -145,7 +177,7 @@ def ed25519_public_bytes(key: PublicKey) -> bytes:
     return key.ed25519_bytes()
 
 
-def genesis_json(genesis: Genesis) -> str:
+def genesis_json(genesis: Genesis, snapshot_every: int = SNAPSHOT_EVERY) -> str:
     """CometBFT's genesis of this ledger: equal bytes on every node. Raises WrongValue if a validator cannot be one."""
     validators = []
     for named in genesis.validators:
@@ -175,7 +207,7 @@ def genesis_json(genesis: Genesis) -> str:
         },
         "validators": validators,
         "app_hash": "",
-        "app_state": app_state_of(genesis),
+        "app_state": app_state_of(genesis, snapshot_every),
     }
     return _json(value)
 
@@ -206,7 +238,7 @@ def node_id(node_key: str) -> str:
 
 def config_toml(config: NodeConfig) -> str:
     """CometBFT's `config.toml`. What is not in it keeps CometBFT's default."""
-    consensus = config.consensus
+    consensus, snapshots = config.consensus, config.snapshots
     return f"""# Made from {NODE_FILE} at every start; change that file instead.
 proxy_app = "unix://{SOCKET_NAME}"
 moniker = "{config.validator}"
@@ -254,6 +286,14 @@ create_empty_blocks = false
 peer_gossip_sleep_duration = "10ms"
 double_sign_check_height = {consensus.double_sign_check_height}
 
+[statesync]
+enable = {"true" if snapshots.from_nodes else "false"}
+rpc_servers = "{",".join(snapshots.from_nodes)}"
+trust_height = {snapshots.trust_height}
+trust_hash = "{snapshots.trust_hash.upper()}"
+trust_period = "168h0m0s"
+discovery_time = "5s"
+
 [storage]
 # The application keeps the results that anybody asks for.
 discard_abci_responses = true
@@ -269,7 +309,7 @@ def write_home(home: Path, config: NodeConfig, genesis: Genesis, key: PrivateKey
     folder.mkdir(parents=True, exist_ok=True)
     (home / "data").mkdir(exist_ok=True)
     _write(folder / "config.toml", config_toml(config))
-    _write(folder / "genesis.json", genesis_json(genesis))
+    _write(folder / "genesis.json", genesis_json(genesis, config.snapshots.every))
     _write(folder / "priv_validator_key.json", validator_key_json(key))
     state = home / "data" / "priv_validator_state.json"
     if not state.exists():

@@ -56,6 +56,7 @@ class Serve(Protocol):
         validator_key: PrivateKey,
         socket_path: Path,
         stop: threading.Event,
+        snapshot_every: int,
     ) -> None: ...
 
 
@@ -82,7 +83,15 @@ def run_node(home: Path, cometbft: Path, serve: Serve, stop: threading.Event) ->
         watcher.start()
         try:
             # The application goes on until CometBFT has closed its databases.
-            serve(home / LEDGER_FOLDER, genesis, config.validator, key, Path(SOCKET_NAME), child.ended)
+            serve(
+                home / LEDGER_FOLDER,
+                genesis,
+                config.validator,
+                key,
+                Path(SOCKET_NAME),
+                child.ended,
+                config.snapshots.every,
+            )
         finally:
             stop.set()
             child.ended.wait(STOP_LIMIT_S + 5.0)

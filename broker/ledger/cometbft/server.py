@@ -13,7 +13,7 @@ from threading import Event
 from typing import Final
 
 from broker.ledger.cometbft import abci
-from broker.ledger.cometbft.application import SNAPSHOT_EVERY, ApplicationStopped, NodeApplication
+from broker.ledger.cometbft.application import ApplicationStopped, NodeApplication
 from broker.ledger.cometbft.framing import FrameReader, framed
 from broker.ledger.cometbft.protobuf import MalformedProtobuf
 from broker.ledger.store import LedgerError
@@ -39,7 +39,7 @@ def serve_application(
     validator_key: PrivateKey,
     socket_path: Path,
     stop: Event,
-    snapshot_every: int = SNAPSHOT_EVERY,
+    snapshot_every: int,
 ) -> None:
     """Open the ledger in directory `path` and serve it on `socket_path` until `stop` is set.
 

@@ -23,6 +23,7 @@ from broker.ledger.cometbft.home import (
     NodeConfig,
     P2pSection,
     RpcSection,
+    SnapshotSection,
     node_config_text,
     read_node_id,
     write_node_key,
@@ -45,7 +46,11 @@ class TestnetNode:
 
 
 def set_up(
-    folder: Path, genesis_file: Path, key_files: dict[str, Path], consensus: ConsensusSection | None = None
+    folder: Path,
+    genesis_file: Path,
+    key_files: dict[str, Path],
+    consensus: ConsensusSection | None = None,
+    snapshots: SnapshotSection | None = None,
 ) -> tuple[TestnetNode, ...]:
     """Make a home below `folder` for each validator of the genesis, all of them each other's peers.
 
@@ -70,6 +75,7 @@ def set_up(
             P2pSection(node.p2p, peers),
             RpcSection(node.rpc.removeprefix("http://")),
             consensus or ConsensusSection(),
+            snapshots or SnapshotSection(),
         )
         (node.home / NODE_FILE).write_text(node_config_text(config))
     listing = [{**asdict(node), "home": str(node.home.relative_to(folder))} for node in nodes]

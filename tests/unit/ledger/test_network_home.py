@@ -14,6 +14,7 @@ from broker.ledger.cometbft.home import (
     NodeConfig,
     P2pSection,
     RpcSection,
+    SnapshotSection,
     address_of,
     chain_id,
     config_toml,
@@ -98,9 +99,25 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
         key_file=tmp_path / "v1.pem",
         p2p=P2pSection("0.0.0.0:1", (PEER,)),
         consensus=ConsensusSection(2_000, 500, 100, 10),
+        snapshots=SnapshotSection(50, ("10.0.0.1:26657", "10.0.0.2:26657"), 7, "ab" * 32),
     )
     (tmp_path / "node.toml").write_text(node_config_text(wanted))
     assert load_node_config(tmp_path) == wanted
+
+
+def test_a_node_begins_with_a_snapshot_only_where_it_is_told_whom_and_what_to_trust() -> None:
+    assert tomllib.loads(config_toml(config()))["statesync"]["enable"] is False
+    nodes = ("10.0.0.1:26657", "10.0.0.2:26657")
+    made = tomllib.loads(config_toml(config(snapshots=SnapshotSection(50, nodes, 7, "ab" * 32))))["statesync"]
+    assert (made["enable"], made["rpc_servers"], made["trust_height"]) == (True, ",".join(nodes), 7)
+    assert made["trust_hash"] == "AB" * 32
+    for refused in ((nodes[:1], 7, "ab" * 32), (nodes, 1, "ab" * 32), (nodes, 7, "")):
+        with pytest.raises(WrongValue, match="trust_hash"):
+            SnapshotSection(50, *refused)
+
+
+def test_every_node_says_how_often_snapshots_are_taken() -> None:
+    assert json.loads(genesis_json(world.GENESIS, 50))["app_state"]["snapshot_every"] == 50
 
 
 @pytest.mark.parametrize("peer", ["127.0.0.1:26656", "abc@127.0.0.1:26656", "a" * 40 + "@host"])

@@ -45,6 +45,7 @@ def serve_until_stopped(
     validator_key: PrivateKey,
     socket_path: Path,
     stop: threading.Event,
+    snapshot_every: int,
 ) -> None:
     assert stop.wait(20)
 
@@ -72,7 +73,7 @@ def test_it_is_asked_to_end_and_the_application_lives_until_it_has(home: Path) -
     def serve(*arguments: object) -> None:
         wait_until(lambda: (home / PID_NAME).exists() and (home / PID_NAME).read_text() != "", "the pid")
         stop.set()
-        app_stop = arguments[-1]
+        app_stop = arguments[5]
         assert isinstance(app_stop, threading.Event)
         assert app_stop.wait(10)
         seen.append(ended.exists())
