@@ -25,7 +25,9 @@ from bench.fleet import fleet
 from bench.growth import growth
 from bench.hot_path import hot_path
 from bench.ledger import ledger
+from bench.network import network
 from bench.start import broker_start_s, filled_broker
+from broker.ledger.cometbft.binary import CometbftMissing, find_cometbft
 
 OUTPUT: Final = Path("bench-out")
 
@@ -38,6 +40,7 @@ def main() -> int:
         "growth": _growth,
         "fleet": _fleet,
         "ledger": _ledger,
+        "network": _network,
         "start": _start,
     }
     names = [*parts, "agent"]
@@ -84,6 +87,16 @@ def _fleet(folder: Path) -> Figures:
 
 def _ledger(folder: Path) -> Figures:
     return {"ledger": ledger(folder, batches=30, issues=12_000)}
+
+
+def _network(folder: Path) -> Figures:
+    """Among the figures of the ledger. Without a CometBFT on this machine they are absent."""
+    try:
+        find_cometbft()
+    except CometbftMissing as error:
+        print(f"network: {error}", file=sys.stderr)
+        return {}
+    return {"ledger": network(folder, batches=80)}
 
 
 def _start(folder: Path) -> Figures:

@@ -9,6 +9,7 @@ from bench.fleet import fleet
 from bench.growth import growth
 from bench.hot_path import STEPS, TURN, hot_path
 from bench.ledger import ledger
+from bench.network import network
 from bench.sampler import by_step
 from bench.start import broker_start_s, filled_broker
 
@@ -41,6 +42,13 @@ def test_ledger(tmp_path: Path) -> None:
     figures = ledger(tmp_path, batches=1, issues=10)
     assert figures["embedded_transfers_per_s"] > 0
     assert figures["verify_per_s"] > 0
+
+
+@pytest.mark.usefixtures("cometbft")
+def test_network(tmp_path: Path) -> None:
+    figures = network(tmp_path, batches=2)
+    assert figures["cometbft_deliveries_per_s"] > 0
+    assert figures["cometbft_p95_s"] > 0
 
 
 def test_agents(tmp_path: Path) -> None:

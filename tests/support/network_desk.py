@@ -48,8 +48,8 @@ class Desk:
 
     def __init__(self, name: str, device: str, owner: str, source: Source, urls: list[str]) -> None:
         self.name = name
-        self._device = device
-        self._owner = owner
+        self.device = device
+        self.owner = owner
         self._source = source
         nodes = [HttpNode(url, 2.0) for url in urls]
         key = world.key(name)
@@ -68,9 +68,9 @@ class Desk:
         self.submit(
             world.batch(
                 world.register(self.name),
-                world.register(self._owner, Role.PROVIDER),
-                world.admit(self._device, owner=self._owner, source=self._source),
-                world.mandate(self._device, owner=self._owner, broker=self.name),
+                world.register(self.owner, Role.PROVIDER),
+                world.admit(self.device, owner=self.owner, source=self._source),
+                world.mandate(self.device, owner=self.owner, broker=self.name),
                 by=self.name,
                 not_after_s=_FAR_S,
             )
@@ -84,15 +84,15 @@ class Desk:
             world.deliver(
                 hash_free_number(self.name, number, part),
                 part_wh,
-                (self._device, part * part_wh, (part + 1) * part_wh),
+                (self.device, part * part_wh, (part + 1) * part_wh),
                 start_s=start_s,
             )
             for part in range(3)
         ]
         self.submit(
             world.batch(
-                world.issue(self._device, ENERGY_WH, start_s),
-                world.take(self._device, 0, ENERGY_WH, owner=self._owner, broker=self.name, start_s=start_s),
+                world.issue(self.device, ENERGY_WH, start_s),
+                world.take(self.device, 0, ENERGY_WH, owner=self.owner, broker=self.name, start_s=start_s),
                 *delivers,
                 by=self.name,
                 not_after_s=_FAR_S,
