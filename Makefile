@@ -51,7 +51,7 @@ bench: setup ## measure; a table, and bench-out/bench.json
 	PYTHONPATH=tests $(BIN)/python -m bench.run
 
 clean: ## remove .venv and everything that demo, tests and benchmarks wrote
-	rm -rf $(VENV) .tools .venv-oracle .venv-oracle.lock demo-out demo-out-embedded bench-out fuzz-out build dist *.egg-info
+	rm -rf $(VENV) .tools .venv-oracle .venv-oracle.lock .venv-scitt .venv-scitt.lock demo-out demo-out-embedded bench-out fuzz-out build dist *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -172,6 +172,7 @@ class LedgerClient:
         self._watch = Watch(genesis.ledger)
         self._offered: dict[int, bytes] = {}
         self._witnessed: bytes | None = None
+        self._convicted = False
         self._node_came_up = False
         self._asked: _Asked | None = None
         self._phase = _Phase.LOADING if load_holdings else _Phase.FOLLOWING
@@ -289,8 +290,12 @@ class LedgerClient:
 
     @property
     def witnessed(self) -> bytes | None:
-        """The newest sealed checkpoint that the blocks followed here led to, for `Witness`; None before any."""
-        return None if self._phase is _Phase.STOPPED else self._witnessed
+        """The newest sealed checkpoint that the blocks followed here led to, for `Witness`; None before any.
+
+        After a fault with evidence it is what this party is shown since, so that those who are shown the other history
+        find out as well.
+        """
+        return self._witnessed
 
     # --- inside
 
@@ -352,6 +357,8 @@ class LedgerClient:
     def _on_checkpoint(self, checkpoint: Checkpoint, opened: envelope.Opened) -> None:
         self._compare(checkpoint, opened)
         if self._phase is _Phase.STOPPED:
+            if self._convicted:
+                self._witnessed = opened.raw
             return
         self._offered[checkpoint.height] = opened.raw
         while len(self._offered) > MAX_EARLY_BLOCKS:
@@ -540,5 +547,8 @@ class LedgerClient:
 
     def _stop(self, height: int, reason: str, evidence: Equivocation | None = None) -> None:
         self._phase = _Phase.STOPPED
+        self._convicted = evidence is not None
+        if self._convicted and self._offered:
+            self._witnessed = self._offered[max(self._offered)]
         self._asked = None
         self._events.append(LedgerFault(height, reason, evidence))

@@ -119,9 +119,13 @@ def test_a_fork_is_found_by_both_parties_with_evidence(
     assert fault.evidence is not None
     statements = fault.evidence.check(TRUST)
     assert {statement.height for statement in statements} == {3}
-    assert other.client.witnessed is None  # What cannot be believed is not co-signed any more.
+    # It goes on saying what it was shown, so that the other party finds out too.
+    assert said(other.client.witnessed or b"").height == other.client.height
+    one.client.on_message("checkpoint", one.engine.checkpoint())
+    one.client.on_witness(witness_of(other, "b2"))
+    assert (fault_of(one.client) is not None) is (longer_by == 0)
 
-    # The other party holds the shorter history: it finds out as soon as it is shown the height at which they part.
+    # Where its own history is the shorter one, it finds out as soon as that has come to the other's height.
     file = tmp_path / "evidence"
     file.write_bytes(fault.evidence.to_bytes())
     require("equivocation", file.read_bytes(), "evidence")
@@ -145,6 +149,17 @@ def test_a_statement_that_comes_before_its_block_is_compared_when_the_block_come
     assert fault.evidence is not None
     fault.evidence.check(TRUST)
     assert fault.height == 3
+
+
+def test_who_finds_out_first_tells_the_other(nodes: tuple[Node, Node]) -> None:
+    """The block with which it finds out is not in a checkpoint yet; the next one goes to the others all the same."""
+    one, other = nodes
+    one.say(batch(issue("solar-1", 7)))
+    other.client.on_witness(witness_of(one, "b1"))
+    other.say(batch(issue("solar-1", 8)))
+    assert fault_of(other.client) is not None
+    one.client.on_witness(witness_of(other, "b2"))
+    assert fault_of(one.client) is not None
 
 
 def test_a_party_alone_can_make_nobody_stop(nodes: tuple[Node, Node]) -> None:

@@ -4,21 +4,18 @@
 cannot be made (no network), the test is skipped and says so.
 """
 
-import fcntl
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import cbor2
 import pytest
+from support import oracles
+from support.oracles import environment
 
+from broker.ledger.receipts import SignedRoot, sign_root
 from broker.protocol.envelope import Signer, open_envelope, parse, seal
 from broker.protocol.keys import P256_ORDER, Algorithm, PrivateKey, generate_private_key
-from broker.protocol.messages import Carrier, Quality, Reading
+from broker.protocol.messages import Carrier, Checkpoint, Quality, Reading, Witness
 
-ROOT = Path(__file__).parents[3]
-ENVIRONMENT = ROOT / ".venv-oracle"
 PACKAGES = ("cwt==3.3.0", "cbor2<6")
 READING = Reading("meter-1", 0, 1800, 0, 500, Quality.MEASURED, Carrier.ELECTRICITY)
 EXTERNAL_AAD = cbor2.dumps([1, "ledger-1", "meter-1"])
@@ -26,37 +23,12 @@ EXTERNAL_AAD = cbor2.dumps([1, "ledger-1", "meter-1"])
 
 @pytest.fixture(scope="module")
 def oracle_python() -> Path:
-    """The interpreter of the oracle's environment, made on first use (one test process at a time)."""
-    python = ENVIRONMENT / "bin" / "python"
-    made = ENVIRONMENT / "made-with"
-    with (ROOT / ".venv-oracle.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not made.exists() or made.read_text() != " ".join(PACKAGES):
-            for command in (
-                [sys.executable, "-m", "venv", "--clear", str(ENVIRONMENT)],
-                [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PACKAGES],
-            ):
-                try:
-                    subprocess.run(command, check=True, capture_output=True, text=True, timeout=180)
-                except subprocess.CalledProcessError as error:
-                    pytest.skip(f"the environment for cwt cannot be made: {error.stderr.strip()[-300:]}")
-                except subprocess.TimeoutExpired:
-                    pytest.skip("the environment for cwt cannot be made: no answer from the package index")
-            made.write_text(" ".join(PACKAGES))
-    return python
+    """The interpreter of the oracle's environment."""
+    return environment(".venv-oracle", PACKAGES)
 
 
 def ask(python: Path, requests: list[dict[str, bytes]]) -> list[str]:
-    finished = subprocess.run(
-        [str(python), str(ROOT / "tests" / "support" / "cwt_oracle.py")],
-        input=json.dumps([{name: value.hex() for name, value in request.items()} for request in requests]),
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    answers: list[str] = json.loads(finished.stdout)
-    return answers
+    return oracles.ask(python, "cwt_oracle.py", requests)
 
 
 def key_map(key: PrivateKey) -> dict[int, object]:
@@ -106,3 +78,36 @@ def test_another_cose_library_verifies_ours_and_we_open_its_messages(oracle_pyth
             raw = raw[:-32] + min(s, P256_ORDER - s).to_bytes(32, "big")
         signer = Signer("meter-1", key.public)
         assert open_envelope(raw, "ledger-1", {key.public.key_id: signer}.get).message == READING
+
+
+def test_another_cose_library_verifies_checkpoints_and_witnesses(oracle_python: Path) -> None:
+    key = generate_private_key()
+    checkpoint = seal(Checkpoint(7, bytes(32), 5, bytes(32), bytes(32)), key, "ledger-1", "node")
+    witness = seal(Witness(checkpoint), key, "ledger-1", "east")
+    public = cbor2.dumps(key_map(key))
+    requests = [
+        {"key": public, "aad": cbor2.dumps([16, "ledger-1", "node"]), "message": checkpoint},
+        {"key": public, "aad": cbor2.dumps([25, "ledger-1", "east"]), "message": witness},
+        {"key": public, "aad": cbor2.dumps([25, "ledger-2", "east"]), "message": witness},
+    ]
+    answers = ask(oracle_python, requests)
+    assert answers[:2] == [parse(raw).payload.hex() for raw in (checkpoint, witness)]
+    assert answers[2].startswith("refused")
+
+
+def test_another_cose_library_verifies_the_signature_of_a_receipt(oracle_python: Path) -> None:
+    """A receipt's payload is detached; with the root in its place it is an ordinary COSE_Sign1."""
+    for key in [generate_private_key(algorithm) for algorithm in Algorithm]:
+        root = bytes(range(32))
+        signed = sign_root(root, key, "ledger-1/00")
+
+        def attached(payload: bytes, signed: SignedRoot = signed) -> bytes:
+            return cbor2.dumps(cbor2.CBORTag(18, [signed.protected, {}, payload, signed.signature]))
+
+        requests = [
+            {"key": cbor2.dumps(key_map(key)), "aad": b"", "message": attached(payload)}
+            for payload in (root, bytes(32))
+        ]
+        holds, does_not = ask(oracle_python, requests)
+        assert holds == root.hex()
+        assert does_not.startswith("refused")
