@@ -17,7 +17,7 @@ from model.author import KINDS, Author, SeededChoices
 from model.drive import Pair, assert_blocks_do_not_matter, found, talk
 
 FULL = os.environ.get("DENGEN_FULL") == "1"
-SEEDS = 400 if FULL else 8
+SEEDS = 400 if FULL else 12
 BATCHES = 400
 
 
@@ -64,7 +64,7 @@ class BothLedgers(RuleBasedStateMachine):
             shutil.rmtree(folder)
 
 
-BothLedgers.TestCase.settings = settings(max_examples=1_500 if FULL else 25, stateful_step_count=60 if FULL else 30)
+BothLedgers.TestCase.settings = settings(max_examples=1_500 if FULL else 50, stateful_step_count=60 if FULL else 30)
 TestBothLedgers = BothLedgers.TestCase
 
 

@@ -1,5 +1,7 @@
 """The last check of every batch, on rows that no rule would write, and the sender's key against the sender's name."""
 
+from pathlib import Path
+
 import pytest
 from support.ledger_world import (
     CHARTER,
@@ -8,10 +10,16 @@ from support.ledger_world import (
     T0,
     Nothing,
     World,
+    admit,
     asset,
+    batch,
     close,
+    correct_demand,
+    deliver,
+    found,
     issue,
     key,
+    mandate,
     order,
     seal,
     take,
@@ -21,9 +29,9 @@ from broker.ledger import state
 from broker.ledger.faults import Fault, LedgerInvariantBroken, RuleViolation
 from broker.ledger.opening import OpenedBatch
 from broker.ledger.operations import Transfer, Void, encode_operation
-from broker.ledger.rules import apply_batch
+from broker.ledger.rules import apply_batch, delivery
 from broker.ledger.rules.books import check_books
-from broker.ledger.state import AssetRow, Held, Overlay, TotalRow
+from broker.ledger.state import AssetRow, Held, Overlay, TotalRow, asset_key
 
 ASSET = (state.ASSET, T0, "solar-1", 0, 0)
 TOTAL = (state.TOTAL, T0, 1)
@@ -93,3 +101,25 @@ def test_an_asset_is_past_use_with_the_very_close_that_expires_it(late_intervals
     with pytest.raises(RuleViolation) as caught:
         world.apply(hand_over, not_after_s=after_all_s)
     assert caught.value.code is Fault.ASSET_EXPIRED
+
+
+def test_nothing_expires_before_there_was_time_for_it(tmp_path: Path) -> None:
+    """In the first weeks of 1970 the time to look back is negative, which as a bound in SQLite is above all others."""
+    ledger = found(tmp_path)
+    operations = (mandate("solar-2", from_s=0), issue("solar-2", 10, 0), take("solar-2", 0, 10, start_s=0))
+    for raw in (batch(admit("solar-2"), *operations), batch(close(0))):
+        assert ledger.submit(raw) is None
+        ledger.commit()
+    view = ledger.open_view()
+    assert len(view.page("b1").entries) == 1
+    view.close()
+    ledger.close()
+
+
+def test_as_many_slices_may_come_back_as_the_limit_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delivery, "MAX_RETURNED_SLICES", 2)
+    world = World.set_up()
+    world.apply(issue("solar-1", 10), take("solar-1", 0, 10), deliver(1, 4, ("solar-1", 0, 4)))
+    world.apply(correct_demand(1, 3, ("solar-1", 0, 3, 4)), deliver(2, 4, ("solar-1", 4, 8)))
+    world.apply(correct_demand(2, 2, ("solar-1", 4, 6, 8)))
+    assert [(held.from_wh, held.to_wh) for held in world.get(*asset_key(asset("solar-1"))).held] == [(3, 4), (6, 10)]
