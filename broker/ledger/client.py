@@ -40,7 +40,10 @@ from broker.protocol.messages import (
 
 @dataclass(frozen=True, slots=True)
 class HoldingsLoaded:
-    """Everything that the party owned at `height`. The events after it begin with block `height + 1`."""
+    """What the party owned at `height`, from the time on that was asked for.
+
+    The events after it begin with block `height + 1`.
+    """
 
     height: int
     holdings: tuple[Holding, ...]
@@ -142,7 +145,8 @@ class LedgerClient:
 
     `random_bytes(n)` gives request ids. `load_holdings=False` starts at the first block instead, for an observer that
     wants the whole history. `resume` is (height, block id) up to which an earlier run has taken in the blocks: then the
-    events of the blocks since come first, and HoldingsLoaded in its place among them.
+    events of the blocks since come first, and HoldingsLoaded in its place among them. Holdings of intervals before
+    `holdings_from_s` are passed over: the ledger keeps them for months, and a party has no use for most of them.
     """
 
     def __init__(
@@ -153,6 +157,7 @@ class LedgerClient:
         random_bytes: Callable[[int], bytes],
         load_holdings: bool = True,
         resume: tuple[int, bytes] | None = None,
+        holdings_from_s: int = 0,
     ) -> None:
         self._ledger = genesis.ledger
         self._party = party
@@ -164,6 +169,7 @@ class LedgerClient:
         self._events: list[Event] = []
         self._early: dict[int, envelope.Opened] = {}
         self._holdings: list[Holding] = []
+        self._holdings_from_s = holdings_from_s
         self._holdings_height: int | None = None
         self._height, self._block_id = resume if resume is not None else (0, genesis_hash(genesis))
         self._resumes = resume is not None
@@ -420,7 +426,8 @@ class LedgerClient:
             # The ledger went on between two pages and began anew with its first page.
             self._holdings = []
             self._holdings_height = page.height
-        self._holdings += [decode_holding(entry) for entry in page.entries]
+        decoded = [decode_holding(entry) for entry in page.entries]
+        self._holdings += [holding for holding in decoded if holding.asset.start_s >= self._holdings_from_s]
         if page.next_cursor is not None:
             self._ask(QueryKind.HOLDINGS, cursor=page.next_cursor)
             return

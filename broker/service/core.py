@@ -149,6 +149,11 @@ class Broker:
             and not self._due()
         )
 
+    @property
+    def stock_from_s(self) -> int:
+        """Start of the oldest interval whose energy this broker still has a use for."""
+        return self._cycle.stock_from_s
+
     def next_wake_s(self) -> int | None:
         """Market time of the next gate, or before that of serving neighbours without waiting for announcements."""
         interval = self._cycle.current

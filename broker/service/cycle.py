@@ -115,6 +115,12 @@ class Cycle:
         elif known_s is not None:
             self._enter(self._calendar.interval_at(known_s))
 
+    @property
+    def stock_from_s(self) -> int:
+        """Energy of intervals that begin earlier is kept no longer; 0 as long as no interval has been closed."""
+        closed_s = self._store.last_interval(IntervalState.CLOSED)
+        return 0 if closed_s is None else closed_s - KEEP_STOCK_S
+
     def start_at(self, market_time_s: int) -> None:
         """Begin with the interval of this moment, if this broker has never been running."""
         if self.current is None:

@@ -141,7 +141,9 @@ class BrokerService:
         self._monotonic_s = monotonic_s
         self._calendar_s = calendar_s
         self._cursor = self._store.ledger_cursor()
-        self._client = LedgerClient(genesis, self._name, key, random_bytes, resume=self._cursor)
+        self._client = LedgerClient(
+            genesis, self._name, key, random_bytes, resume=self._cursor, holdings_from_s=self._broker.stock_from_s
+        )
         self._network: CometbftLedger | None = None
         self._gateway = self._open_gateway(config, genesis, stack)
         self._serves = config.ledger.host is not None or (

@@ -426,6 +426,16 @@ def test_paging_goes_on_where_it_was_when_the_gateway_restarts(net: Net, monkeyp
     assert pages == 4 + 1, "four pages of holdings, none of them twice, and the block that they rest on"
 
 
+def test_holdings_that_are_too_old_to_be_of_use_are_passed_over(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = owns_in(net, 7)
+    monkeypatch.setattr(holdings_view, "MAX_HOLDINGS_ON_PAGE", 2)
+    client = net.join("b1", holdings_from_s=starts[3])
+    net.settle()
+    (loaded,) = client.events()
+    assert isinstance(loaded, HoldingsLoaded)
+    assert [h.asset.start_s for h in loaded.holdings] == starts[3:]
+
+
 def test_clients_that_begin_at_one_height_share_a_view(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
     owns_in(net, 4)
     sealed = seal(order(), "b2")
