@@ -12,4 +12,7 @@ EQUIVALENT: Final[dict[str, str]] = {
     "broker/ledger/rules/delivery.py deliver condition: asset.start_s != start_s": (
         "the same interval is in every window; this only spares nearly all deliveries the call"
     ),
+    "broker/ledger/rules/generation.py _checked condition: device is None": (
+        "a meter's key is written together with its device, so whoever signs for a device that is not there is another"
+    ),
 }

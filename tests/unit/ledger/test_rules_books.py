@@ -1,5 +1,6 @@
 """The last check of every batch, on rows that no rule would write, and the sender's key against the sender's name."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from support.ledger_world import (
     asset,
     batch,
     close,
+    correct,
     correct_demand,
     deliver,
     found,
@@ -28,8 +30,8 @@ from support.ledger_world import (
 from broker.ledger import state
 from broker.ledger.faults import Fault, LedgerInvariantBroken, RuleViolation
 from broker.ledger.opening import OpenedBatch
-from broker.ledger.operations import Transfer, Void, encode_operation
-from broker.ledger.rules import apply_batch, delivery
+from broker.ledger.operations import DeliveredSlice, ReturnedSlice, Transfer, Void, encode_operation
+from broker.ledger.rules import apply_batch, delivery, generation
 from broker.ledger.rules.books import check_books
 from broker.ledger.state import AssetRow, Held, Overlay, TotalRow, asset_key
 
@@ -123,3 +125,29 @@ def test_as_many_slices_may_come_back_as_the_limit_says(monkeypatch: pytest.Monk
     world.apply(correct_demand(1, 3, ("solar-1", 0, 3, 4)), deliver(2, 4, ("solar-1", 4, 8)))
     world.apply(correct_demand(2, 2, ("solar-1", 4, 6, 8)))
     assert [(held.from_wh, held.to_wh) for held in world.get(*asset_key(asset("solar-1"))).held] == [(3, 4), (6, 10)]
+
+
+def test_a_correction_that_held_wh_can_meet_searches_no_deliveries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "MAX_SEARCHED_BY_BATCH", 1)
+    world = World.set_up()
+    world.apply(issue("solar-1", 10), take("solar-1", 0, 10), deliver(1, 4, ("solar-1", 0, 2), ("solar-1", 2, 4)))
+    world.apply(correct("solar-1", 4))
+    row = world.get(*asset_key(asset("solar-1")))
+    assert (row.delivered_wh, row.withdrawn_wh, row.held) == (4, 6, ())
+
+
+def test_deliveries_that_all_came_back_are_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "MAX_SEARCHED_BY_BATCH", 1)
+    world = World.set_up()
+    world.apply(issue("solar-1", 4), take("solar-1", 0, 4), deliver(1, 4, ("solar-1", 0, 4)), correct("solar-1", 8))
+    newer = asset("solar-1", revision=1)
+    slices = (DeliveredSlice(newer, 4, 6, 0), DeliveredSlice(newer, 6, 8, 0))
+    returned = (ReturnedSlice(newer, 4, 4, 6), ReturnedSlice(newer, 6, 6, 8))
+    world.apply(
+        Transfer(newer, 4, 8, "alice", "b1", 100, None),
+        replace(deliver(2, 4), slices=slices),
+        replace(correct_demand(2, 0), returned=returned),
+    )
+    world.apply(correct("solar-1", 0, 2))
+    assert world.get(*asset_key(asset("solar-1"))).withdrawn_wh == 4
+    assert world.get(*asset_key(newer)).withdrawn_wh == 4
