@@ -10,6 +10,7 @@ verified as well, in a process of their own. Memory is the resident set from /pr
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -103,9 +104,19 @@ def measured(path: Path, interval: int) -> dict[str, Any]:
     }
 
 
+def ledger_of(path: Path, operations: int) -> dict[str, Any]:
+    """A new ledger of that size, and what a new process that opens it measures."""
+    intervals = operations // PER_INTERVAL
+    grow(path, 0, intervals)
+    return _in_a_process("--measure", path, intervals)
+
+
 def _in_a_process(*words: object) -> dict[str, Any]:
     command = [sys.executable, "-m", "bench.ledger_memory", *map(str, words)]
-    result: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    # What can be imported here can be there as well.
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    result: dict[str, Any] = json.loads(done.stdout)
     return result
 
 

@@ -25,6 +25,7 @@ from bench.fleet import fleet
 from bench.growth import growth
 from bench.hot_path import hot_path
 from bench.ledger import ledger
+from bench.ledger_memory import ledger_of
 from bench.network import network
 from bench.start import broker_start_s, filled_broker
 from broker.ledger.cometbft.binary import CometbftMissing, find_cometbft
@@ -102,7 +103,14 @@ def _network(folder: Path) -> Figures:
 def _start(folder: Path) -> Figures:
     consumers = 1_000_000
     broker_s = broker_start_s(filled_broker(folder / "large", consumers), folder / "start", consumers)
-    return {"start": {"broker_1m_s": round(broker_s, 2)}}
+    opened = ledger_of(folder / "ledger", operations=50_000)
+    return {
+        "start": {
+            "broker_1m_s": round(broker_s, 2),
+            "ledger_ms": opened["start_ms"],
+            "ledger_mb": opened["working_mb"],
+        }
+    }
 
 
 def _agent(agents: RunningAgents, folder: Path) -> Figures:

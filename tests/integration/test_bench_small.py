@@ -9,6 +9,7 @@ from bench.fleet import fleet
 from bench.growth import growth
 from bench.hot_path import STEPS, TURN, hot_path
 from bench.ledger import ledger
+from bench.ledger_memory import ledger_of
 from bench.network import network
 from bench.sampler import by_step
 from bench.start import broker_start_s, filled_broker
@@ -57,6 +58,13 @@ def test_agents(tmp_path: Path) -> None:
     assert figures["rss_p1_mb"] > 0
     assert agents.start_s > 0
     assert commits_per_interval(tmp_path / "commits", intervals=3) >= 1
+
+
+def test_start_of_a_ledger(tmp_path: Path) -> None:
+    opened = ledger_of(tmp_path / "ledger", operations=2_000)
+    assert opened["start_ms"] > 0
+    assert opened["working_mb"] > 0
+    assert opened["holdings"] == 1 + 25
 
 
 def test_start_of_a_broker(tmp_path: Path) -> None:

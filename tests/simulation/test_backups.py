@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from broker import cli
 from broker.database_copy import CopyError
+from broker.ledger.verify import verify_ledger
 from broker.protocol.sources import Source
 from broker.service.backup import LEDGER_DIRECTORY, backup_broker
 from broker.service.store import BrokerStore, StoreError
@@ -104,3 +106,20 @@ def test_a_backup_of_a_pair_that_does_not_fit_together_is_not_made(folder: Path)
         backup_broker(world.brokers["east"].config, folder / "copy", waits.append)
     assert sum(waits) == pytest.approx(30)
     assert not (folder / "copy").exists()
+
+
+def test_the_command_copies_both(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    world = World(ALONE, folder / "world")
+    world.run(SECOND_CLOSED_S)
+    config = world.brokers["east"].config
+    assert config.ledger.host is not None
+    (folder / "east.toml").write_text(
+        f'[broker]\nname = "east"\nkey_file = "{config.broker.key_file}"\ndata_dir = "{config.broker.data_dir}"\n'
+        f'[ledger]\ngenesis_file = "{config.ledger.genesis_file}"\n'
+        f'[ledger.host]\npath = "{config.ledger.host.path}"\nvalidator = "node"\n'
+        f'key_file = "{config.ledger.host.key_file}"\n'
+    )
+    assert cli.main(["backup", "--config", str(folder / "east.toml"), "--out", str(folder / "copy")]) == 0
+    assert "which verifies; it holds the consumers' secrets" in capsys.readouterr().out
+    assert (folder / "copy" / "broker.db").stat().st_mode & 0o077 == 0
+    assert verify_ledger(folder / "copy" / LEDGER_DIRECTORY).ok

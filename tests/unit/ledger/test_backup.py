@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.ledger_world import batch, deliver, found, issue, take
 
-from broker import database_copy
+from broker import cli, database_copy
 from broker.database_copy import CopyError
 from broker.ledger.backup import backup_ledger
 from broker.ledger.embedded import EmbeddedLedger
@@ -92,3 +92,13 @@ def test_a_disk_that_refuses_is_said_plainly(ledger: EmbeddedLedger, tmp_path: P
     with pytest.raises(CopyError, match="free disk space, or check the disk"):
         backup_ledger(tmp_path / "ledger", tmp_path / "file" / "copy")
     assert ledger.height == 3
+
+
+def test_the_command_says_what_it_made(
+    ledger: EmbeddedLedger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backup = ["ledger", "backup", str(tmp_path / "ledger"), "--out", str(tmp_path / "copy")]
+    assert cli.main(backup) == 0
+    assert f"height 3, head {ledger.head.block_id.hex()}: it verifies" in capsys.readouterr().out
+    assert cli.main(backup) == 1
+    assert "exists already" in capsys.readouterr().err
