@@ -117,7 +117,7 @@ def _testnet(options: argparse.Namespace) -> int:
     for node in nodes:
         print(f"{node.name}: brokers reach it at {node.rpc}; home {node.home}", flush=True)
     if not options.set_up_only:
-        run_testnet(nodes, _stopped_by_signals())
+        run_testnet(nodes, _stopped_by_signals(), lambda: print("running: every node has the first block", flush=True))
     return DONE
 
 

@@ -135,9 +135,9 @@ def _progress(plan: MarketPlan, started_s: float) -> Callable[[Tick], None]:
 
 
 def _with_a_power_cut(plan: MarketPlan, network: Network, show: Callable[[Tick], None]) -> Callable[[Tick], None]:
-    """Shows progress, and has one validator lose its power after a third of the time and come back after a half."""
+    """Shows progress, and has one validator lose its power after a third of the time, for a twelfth of it."""
     victim = network.nodes[1]  # *west* asks it first, so it has to turn to another one.
-    cut_s, back_s = (plan.origin_s + plan.intervals * plan.interval_s // part for part in (3, 2))
+    cut_s, back_s = (plan.origin_s + plan.intervals * plan.interval_s * twelfths // 12 for twelfths in (4, 5))
     off = False
 
     def on_tick(tick: Tick) -> None:

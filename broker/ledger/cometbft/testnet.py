@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,11 +28,19 @@ from broker.ledger.cometbft.home import (
     read_node_id,
     write_node_key,
 )
+from broker.ledger.cometbft.rpc import HttpNode, NodeError
+from broker.protocol import cbor
 from broker.protocol.keys import generate_private_key
 
 FILE_NAME: Final = "testnet.json"
+
+ON_ONE_MACHINE: Final = ConsensusSection(propose_ms=400, vote_ms=200, commit_ms=20)
+"""Messages travel in no time here. What takes long is the machine's work for all nodes at once."""
+
 _STOP_LIMIT_S: Final = 20.0
 _RESTART_AFTER_S: Final = 1.0
+_ANSWER_LIMIT_S: Final = 2.0
+_MAX_HEAD_BYTES: Final = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +82,7 @@ def set_up(
             key_files[node.name].resolve(),
             P2pSection(node.p2p, peers),
             RpcSection(node.rpc.removeprefix("http://")),
-            consensus or ConsensusSection(),
+            consensus or ON_ONE_MACHINE,
             snapshots or SnapshotSection(),
         )
         (node.home / NODE_FILE).write_text(node_config_text(config))
@@ -94,8 +102,12 @@ def node_command(home: Path) -> list[str]:
     return [sys.executable, "-m", "broker.cli", "ledger", "node", "run", "--home", str(home)]
 
 
-def run_testnet(nodes: Sequence[TestnetNode], stop: threading.Event) -> None:
-    """Run all nodes until `stop` is set; one that ends is started again. Each has its log in its home."""
+def run_testnet(nodes: Sequence[TestnetNode], stop: threading.Event, ready: Callable[[], None]) -> None:
+    """Run all nodes until `stop` is set; one that ends is started again. Each has its log in its home.
+
+    `ready` is called once, when every node has the first block.
+    """
+    told = False
     with ExitStack() as stack:
         children: dict[str, subprocess.Popen[bytes]] = {}
         stack.callback(_end, children)
@@ -104,7 +116,21 @@ def run_testnet(nodes: Sequence[TestnetNode], stop: threading.Event) -> None:
                 child = children.get(node.name)
                 if child is None or child.poll() is not None:
                     children[node.name] = _started(node)
+            if not told and all(_has_a_block(node) for node in nodes):
+                told = True
+                ready()
             stop.wait(_RESTART_AFTER_S)
+
+
+def _has_a_block(node: TestnetNode) -> bool:
+    client = HttpNode(node.rpc, _ANSWER_LIMIT_S)
+    try:
+        head = cbor.decode(client.query("/head", b""), "head", _MAX_HEAD_BYTES)
+    except NodeError:
+        return False
+    finally:
+        client.close()
+    return bool(head[1] > 0)
 
 
 def _started(node: TestnetNode) -> subprocess.Popen[bytes]:

@@ -10,15 +10,24 @@ from dengen_testing.waiting import wait_until
 from support import ledger_world as world
 from support.comet_network import FakeNetwork
 
-from broker.ledger.client import BatchCommitted, BatchRefused, BlockApplied, Event, HoldingsLoaded, LedgerClient
+from broker.ledger import gateway
+from broker.ledger.client import (
+    BatchCommitted,
+    BatchRefused,
+    BlockApplied,
+    Event,
+    HoldingsLoaded,
+    LedgerClient,
+    LedgerFault,
+)
 from broker.ledger.cometbft.engine import CometbftLedger
 from broker.ledger.cometbft.rpc import Checked
 from broker.ledger.engine import NotYet
 from broker.ledger.gateway import Gateway
 from broker.protocol import cbor, envelope
 from broker.protocol.envelope import Signer
-from broker.protocol.errors import ProtocolError
-from broker.protocol.messages import Query, QueryKind
+from broker.protocol.errors import ProtocolError, UnknownKey
+from broker.protocol.messages import Block, Checkpoint, NamedKey, Page, Query, QueryKind
 from broker.protocol.topics import Topics
 
 B1, B2 = world.SET_UP
@@ -116,6 +125,69 @@ def test_what_must_be_fetched_is_answered_after_a_later_commit(network: FakeNetw
         desk.engine.work_once(desk.now_s)
         answers += [outgoing for outgoing in desk.gateway.commit() if outgoing.topic.endswith("/result/b1")]
     assert len([outgoing for outgoing in answers if _kind(outgoing.payload) == "PAGE"]) == 1
+
+
+def test_a_foreign_broker_follows_through_a_gateway_that_speaks_for_a_validator(network: FakeNetwork) -> None:
+    host = Turns(network, gateway_as="v1")
+    foreign = LedgerClient(network.genesis, "b2", world.key("b2"), world.counting_bytes())
+    events: list[Event] = []
+    for now in range(30):
+        answers = [outgoing for raw in foreign.tick(now * 3.0) for outgoing in host.gateway.on_message(raw)]
+        host.engine.work_once(float(now))
+        answers += host.gateway.commit()
+        for outgoing in answers:
+            if not outgoing.topic.endswith("/result/b1"):
+                foreign.on_message(outgoing.topic.split("/")[4], outgoing.payload)
+        events += foreign.events()
+        if now == 1:
+            network.nodes[1].submit(B1)
+            batch_id = foreign.submit(B2)
+        if now == 3:
+            network.make_block()
+    assert BatchCommitted(batch_id, 1) in events
+    assert foreign.loaded
+    assert foreign.height == 1
+
+
+def test_what_this_brokers_own_gateway_answers_is_believed_and_a_block_of_its_own_is_not(network: FakeNetwork) -> None:
+    """Only validators speak for the ledger; the gateway inside a broker without a validator's key is that broker."""
+    desk = Turns(network)
+    block = Block(1, b"p" * 32, (B1,), 9, b"r" * 32, b"s" * 32)
+    checkpoint = Checkpoint(0, b"p" * 32, 0, b"r" * 32, b"s" * 32)
+    for leaf, message in (("feed", block), ("checkpoint", checkpoint)):
+        with pytest.raises(UnknownKey):
+            desk.client.on_message(leaf, envelope.seal(message, world.key("b1"), world.LEDGER, "b1"))
+    stranger = envelope.seal(Page(b"q" * 8, QueryKind.BLOCKS, 0, ()), world.key("b2"), world.LEDGER, "b2")
+    with pytest.raises(UnknownKey):
+        desk.client.on_message("result", stranger)
+
+
+@pytest.mark.parametrize(("validators", "stops"), [(("v1",), True), (("v1", "v2"), False)])
+def test_an_answer_from_behind_is_a_contradiction_only_where_one_node_has_it_all(
+    validators: tuple[str, ...], stops: bool
+) -> None:
+    named = tuple(NamedKey(name, world.key(name).public.cose_key) for name in validators)
+    genesis = world.genesis(validators=named)
+    client = LedgerClient(genesis, "b1", world.key("b1"), world.counting_bytes(), resume=(5, b"i" * 32))
+    (query,) = client.tick(0.0)
+    asked = Query.from_payload(envelope.parse(query).payload)
+    page = Page(asked.request_id, asked.kind, 4, ())
+    client.on_message("result", envelope.seal(page, world.key("v1"), world.LEDGER, "v1"))
+    assert [type(event) for event in client.events()] == ([LedgerFault] if stops else [])
+    assert len(client.tick(10.0)) == (0 if stops else 1)
+
+
+def test_no_more_than_so_many_questions_wait(network: FakeNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway, "MAX_WAITING_QUERIES", 2)
+    desk = Turns(network)
+    for number in range(5):
+        query = Query(bytes((number,)) * 8, QueryKind.BLOCKS, None, 1)
+        desk.gateway.on_message(envelope.seal(query, world.key("b1"), world.LEDGER, "b1"))
+    desk.engine.work_once(1.0)
+    answered = [outgoing for outgoing in desk.gateway.commit() if _kind(outgoing.payload) == "PAGE"]
+    desk.engine.work_once(2.0)
+    answered += [outgoing for outgoing in desk.gateway.commit() if _kind(outgoing.payload) == "PAGE"]
+    assert len(answered) == 2
 
 
 def test_a_strangers_question_ends_without_an_answer(network: FakeNetwork) -> None:
