@@ -11,6 +11,7 @@ from firmware_config.loader import WrongValue
 
 
 def add_commands(commands: Any) -> None:
+    """The one at the top."""
     give = add_command(commands, "disclose", "Open one day of a consumer to an auditor, and no other day.", _disclose)
     add_config_option(give)
     give.add_argument("--meter", required=True, metavar="NAME", help="the consumer's meter")

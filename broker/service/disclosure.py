@@ -65,6 +65,7 @@ class Disclosure:
     demands: tuple[bytes, ...]
 
     def to_json(self) -> str:
+        """The disclosure as it is given out; bytes are in hex."""
         return json.dumps(
             {
                 "disclosure": VERSION,
@@ -123,6 +124,7 @@ def day_number(text: Any) -> int:
 
 
 def day_text(day: int) -> str:
+    """The UTC day as `YYYY-MM-DD`."""
     return datetime.fromtimestamp(day * DAY_S, UTC).strftime("%Y-%m-%d")
 
 
@@ -219,6 +221,7 @@ class _Check:
         self._faults: list[str] = []
 
     def report(self) -> DisclosureReport:
+        """Hold all of it against the ledger, interval by interval."""
         disclosure = self._disclosure
         if (disclosure.ledger, disclosure.genesis_hash) != (self._genesis.ledger, genesis_hash(self._genesis)):
             fault = f"it is about ledger {disclosure.ledger}, founded on another genesis than this copy"
