@@ -15,21 +15,26 @@ Who is served when there is not enough, in this order:
 4. (Only `settle`.) Substitutes by their rank in each contract, then `any` for those who chose that. Such a Wh counts
    for the line that covers its source, or for none (NO_LINE).
 
+This module is for the usual case, in which any energy of the right source and interval will do. `matching` does the
+same for demands that do not take everything (providers, prices, windows), and hands what is plain to this one.
+
 Wherever a source cannot serve everyone who stands at the same point, it is apportioned in proportion to what each still
 wants, ties by meter name. Hence the order of the input changes nothing, and splitting a consumption over several meters
 gains nothing but a rounded Wh.
 """
 
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from broker.market.contracts import Contract, History, ShortageChoice
+from broker.market.lots import Lot
 from broker.market.mix import apportion, plain_shares
+from broker.market.windows import ALWAYS, Span
 from broker.protocol.messages import NO_LINE
 from broker.protocol.sources import Source, SourceGroup
 
-_GROUPS: Final = (SourceGroup.RENEWABLE, SourceGroup.FOSSIL, SourceGroup.ANY)
+GROUPS: Final = (SourceGroup.RENEWABLE, SourceGroup.FOSSIL, SourceGroup.ANY)
 """In the order of service: who can use less comes first."""
 
 _LINE_OF_SOURCE: Final = -1
@@ -52,7 +57,8 @@ class OpenDemand:
     """A demand that is not settled yet, with what it has been given so far.
 
     `quotas` is what `mix.quotas` made of `history` and `energy_wh`; all lines' quotas add up to `energy_wh`. Raises
-    ValueError if they do not.
+    ValueError if they do not. `start_s` is the start of its interval and `span` that of its contract's window; they
+    matter only to `matching`, which is given energy of several intervals.
     """
 
     meter: str
@@ -61,6 +67,8 @@ class OpenDemand:
     quotas: tuple[int, ...]
     history: History
     taken: tuple[Taken, ...] = ()
+    start_s: int = 0
+    span: Span = ALWAYS
 
     def __post_init__(self) -> None:
         if len(self.quotas) != len(self.contract.lines) or sum(self.quotas) != self.energy_wh:
@@ -73,11 +81,18 @@ class Clearing:
 
     `taken` has one entry per demand in the order of the input: what is new in this step, by line and source.
     `shortages` and `group_shortage_wh` say what neighbours should be asked for; nothing stands in them with 0 Wh.
+
+    Where it matters whose energy a demand gets, `picked` has for each entry of `taken` the place in `columns` of the
+    lots that it has to come from, and otherwise both are empty: then any energy of the source will do. `price_limits`
+    has the sources of which nobody who lacks something takes any above that price, in µ-currency per kWh.
     """
 
     taken: tuple[tuple[Taken, ...], ...]
     shortages: dict[Source, int]
     group_shortage_wh: dict[SourceGroup, int]
+    columns: tuple[tuple[Lot, ...], ...] = ()
+    picked: tuple[tuple[int, ...], ...] = ()
+    price_limits: dict[Source, int] = field(default_factory=dict)
 
 
 _Claim = tuple[int, int, int]
@@ -95,7 +110,8 @@ def fill_lines(demands: Sequence[OpenDemand], available: Mapping[Source, int]) -
 
     Raises ValueError if two demands are of the same meter, since its name decides ties.
     """
-    wanted = _unfilled_quotas(demands)
+    _require_one_of_each_meter(demands)
+    wanted = unfilled_quotas(demands)
     clearing = _fill_ample(demands, wanted, available)
     if clearing is not None:
         return clearing
@@ -108,7 +124,8 @@ def settle(demands: Sequence[OpenDemand], available: Mapping[Source, int]) -> Cl
 
     What a demand has after this less than `energy_wh` is unmatched. Raises ValueError like `fill_lines`.
     """
-    wanted = _unfilled_quotas(demands)
+    _require_one_of_each_meter(demands)
+    wanted = unfilled_quotas(demands)
     clearing = _fill_ample(demands, wanted, available)
     if clearing is not None:
         return clearing
@@ -119,10 +136,13 @@ def settle(demands: Sequence[OpenDemand], available: Mapping[Source, int]) -> Cl
     return board.clearing(lacking)
 
 
-def _unfilled_quotas(demands: Sequence[OpenDemand]) -> list[Sequence[int]]:
-    """Per demand and line, the Wh of the quota that nothing was taken for. They add up to the demand's own rest."""
+def _require_one_of_each_meter(demands: Sequence[OpenDemand]) -> None:
     if len({demand.meter for demand in demands}) != len(demands):
         raise ValueError("two demands of one meter in one clearing; merge them, since the meter's name decides ties")
+
+
+def unfilled_quotas(demands: Sequence[OpenDemand]) -> list[Sequence[int]]:
+    """Per demand and line, the Wh of the quota that nothing was taken for. They add up to the demand's own rest."""
     wanted: list[Sequence[int]] = []
     for demand in demands:
         if not demand.taken:
@@ -155,7 +175,7 @@ def _fill_ample(
     if min(left.values()) < 0:
         return None
     served_by: dict[Source | SourceGroup, Source] = {source: source for source in Source}
-    for group in _GROUPS:
+    for group in GROUPS:
         served_by[group] = max(group.sources, key=left.__getitem__)
         left[served_by[group]] -= totals[group]
         if left[served_by[group]] < 0:
@@ -241,13 +261,13 @@ class _Board:
         return Clearing(
             tuple([_as_taken(given) for given in self.given]),
             {source: lacking[source] for source in Source if source in lacking},
-            {group: lacking[group] for group in _GROUPS if group in lacking},
+            {group: lacking[group] for group in GROUPS if group in lacking},
         )
 
     def _serve(self, claims: _Claims) -> dict[Source | SourceGroup, int]:
         """Serve claims on single sources, then on groups; says what each target lacks, where it lacks anything."""
         lacking: dict[Source | SourceGroup, int] = {}
-        for target in (*Source, *_GROUPS):
+        for target in (*Source, *GROUPS):
             waiting = claims.get(target, [])
             if isinstance(target, SourceGroup):
                 # Sorting is stable: of two equally plentiful sources the one with the lower code comes first.
@@ -286,14 +306,8 @@ class _Board:
 
     def _room_below_plain_share(self, demand: int, supplied: Container[Source | SourceGroup]) -> list[int]:
         """Per line, how many Wh it is below its plain share of this demand; zero where there is nothing left for it."""
-        open_demand = self.demands[demand]
-        contract = open_demand.contract
-        room = list(plain_shares(contract.shares_ppm, open_demand.energy_wh))
-        for taken in open_demand.taken:
-            if taken.line != NO_LINE:
-                room[taken.line] -= taken.energy_wh
-        for line, _, energy_wh in self.given[demand]:
-            room[line] -= energy_wh
+        contract = self.demands[demand].contract
+        room = room_below_plain_share(self.demands[demand], [(line, wh) for line, _, wh in self.given[demand]])
         return [
             room_wh if room_wh > 0 and line.target in supplied else 0
             for line, room_wh in zip(contract.lines, room, strict=True)
@@ -302,8 +316,20 @@ class _Board:
     def _supplied_targets(self) -> set[Source | SourceGroup]:
         """The sources, and the groups with a source, of which anything is left."""
         supplied: set[Source | SourceGroup] = {source for source in Source if self.left[source]}
-        supplied.update([group for group in _GROUPS if any(source in supplied for source in group.sources)])
+        supplied.update([group for group in GROUPS if any(source in supplied for source in group.sources)])
         return supplied
+
+
+def room_below_plain_share(demand: OpenDemand, given: Iterable[tuple[int, int]]) -> list[int]:
+    """Per line, how many Wh it is below its plain share of this demand (less than 0 if above), after (line, Wh)."""
+    room = list(plain_shares(demand.contract.shares_ppm, demand.energy_wh))
+    for taken in demand.taken:
+        if taken.line != NO_LINE:
+            room[taken.line] -= taken.energy_wh
+    for line, energy_wh in given:
+        if line != NO_LINE:
+            room[line] -= energy_wh
+    return room
 
 
 def _as_taken(given: list[tuple[int, Source, int]]) -> tuple[Taken, ...]:

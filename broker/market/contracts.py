@@ -1,19 +1,25 @@
 """Contracts: from which sources a consumer's electricity must come, and what has been delivered under them so far.
 
+Besides its lines a contract says at what price, from which providers, and how close in time (`Window`) it takes energy.
+
 A contract is a list of lines, each a source or a group of sources with its share in ppm (parts per million); all shares
 together are exactly 1 000 000, because what a person leaves open becomes a line `any`. `make_contract` is the door for
 everything that people type: it refuses what makes no sense with a sentence that says what to do. A changed contract is
 a new version with its own `valid_from_s`; its history starts afresh, and so does every accounting period (UTC month).
+A version applies to the intervals that begin at `valid_from_s` or later and before `valid_until_s`.
+
+The provider's side of the bargain is in `terms`.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
 from enum import IntEnum
 from functools import lru_cache
 from hashlib import sha256
 from typing import Any, Final
 
+from broker.market.windows import DAY_S, EPOCH_DAY, Window
 from broker.protocol import cbor
 from broker.protocol.codec import Choice, Field, Many, Name, Row, Unsigned, decode_fields, encode_fields, is_name
 from broker.protocol.errors import MalformedMessage
@@ -27,8 +33,8 @@ WHOLE_PPM: Final = 1_000_000
 MAX_PREFERRED_PROVIDERS: Final = 8
 """Bounds the contract's size; a longer list prefers nobody."""
 
-_DAY_S: Final = 86_400
-_EPOCH_DAY: Final = date(1970, 1, 1).toordinal()
+MAX_EXCLUDED_PROVIDERS: Final = 32
+"""Bounds the contract's size; who trusts fewer providers than that names a source, not a list."""
 
 
 class ContractError(Exception):
@@ -62,11 +68,21 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
+class PriceCeiling:
+    """Energy of `source` is taken up to `highest_price` µ-currency per kWh."""
+
+    source: Source
+    highest_price: int
+
+
+@dataclass(frozen=True, slots=True)
 class Contract:
     """One version of a consumer's contract, as `make_contract` makes it.
 
     `substitutes` are taken in their order, only with ShortageChoice.SUBSTITUTES. `highest_price` is in µ-currency per
-    kWh, None for no limit.
+    kWh and holds for every source, None for no limit; `price_ceilings` hold besides it, by source code, each source
+    once. `preferred_providers` stand in their order of preference; `excluded_providers` by name. `valid_until_s` is
+    the first moment at which the version does not apply any more, None while it has no end.
     """
 
     valid_from_s: int
@@ -76,6 +92,28 @@ class Contract:
     highest_price: int | None = None
     preferred_providers: tuple[str, ...] = ()
     area: str = field(kw_only=True)
+    excluded_providers: tuple[str, ...] = ()
+    price_ceilings: tuple[PriceCeiling, ...] = ()
+    window: Window = Window.INTERVAL
+    valid_until_s: int | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """True if any energy of the right source and the same interval will do, whoever made it at whatever price."""
+        return (
+            self.window is Window.INTERVAL
+            and self.highest_price is None
+            and not self.price_ceilings
+            and not self.excluded_providers
+            and not self.preferred_providers
+        )
+
+    def highest_price_of(self, source: Source) -> int | None:
+        """The most that is paid for energy of this source, in µ-currency per kWh; None for no limit."""
+        limits = [ceiling.highest_price for ceiling in self.price_ceilings if ceiling.source is source]
+        if self.highest_price is not None:
+            limits.append(self.highest_price)
+        return min(limits, default=None)
 
     @property
     def shares_ppm(self) -> tuple[int, ...]:
@@ -131,7 +169,7 @@ class History:
 def period_start(time_s: int) -> int:
     """The start of the accounting period that contains `time_s`: the first second of its UTC month."""
     first = datetime.fromtimestamp(time_s, UTC).date().replace(day=1)
-    return (first.toordinal() - _EPOCH_DAY) * _DAY_S
+    return (first.toordinal() - EPOCH_DAY) * DAY_S
 
 
 def history_start(contract: Contract, interval_start_s: int) -> int:
@@ -148,6 +186,10 @@ def make_contract(
     substitutes: Iterable[str | Source] = (),
     highest_price: int | None = None,
     preferred_providers: Iterable[str] = (),
+    excluded_providers: Iterable[str] = (),
+    price_ceilings: Iterable[tuple[str | Source, int]] = (),
+    window: Window = Window.INTERVAL,
+    valid_until_s: int | None = None,
 ) -> Contract:
     """A contract from what a person chose: (source or group, share in ppm) in their order.
 
@@ -156,25 +198,89 @@ def make_contract(
     """
     lines = _complete(_lines(shares))
     chosen = _substitutes(shortage, substitutes)
-    preferred = tuple(preferred_providers)
-    if len(preferred) > MAX_PREFERRED_PROVIDERS or len(set(preferred)) != len(preferred):
-        raise ContractError(
-            f"{len(preferred)} preferred providers, or one of them twice",
-            f"name each once, at most {MAX_PREFERRED_PROVIDERS}",
-        )
-    for name in (area, *preferred):
-        if not is_name(name):
-            raise ContractError(
-                f"{name!r} is no name", "use the registered name of an area or provider: a-z, 0-9 and -"
-            )
+    preferred = _providers("preferred", preferred_providers, MAX_PREFERRED_PROVIDERS)
+    excluded = _providers("excluded", excluded_providers, MAX_EXCLUDED_PROVIDERS)
+    both = sorted(set(preferred) & set(excluded))
+    if both:
+        raise ContractError(f"{both[0]} is preferred and excluded", "name it in one of the two lists")
+    if not is_name(area):
+        raise ContractError(f"{area!r} is no name", "use the registered name of an area: a-z, 0-9 and -")
     if type(valid_from_s) is not int or not 0 <= valid_from_s <= MAX_INTEGER:
         raise ContractError(f"valid from {valid_from_s!r}", "give UTC epoch seconds")
-    if highest_price is not None and (type(highest_price) is not int or not 0 <= highest_price <= MAX_INTEGER):
+    if valid_until_s is not None and (
+        type(valid_until_s) is not int or not valid_from_s < valid_until_s <= MAX_INTEGER
+    ):
         raise ContractError(
-            f"highest price {highest_price!r}",
-            "give a whole number of µ-currency per kWh, or leave it out for no limit",
+            f"valid from {valid_from_s} until {valid_until_s!r}",
+            "give an end in UTC epoch seconds after the beginning, or leave it out for a contract without end",
         )
-    return Contract(valid_from_s, lines, shortage, chosen, highest_price, preferred, area=area)
+    if highest_price is not None:
+        _check_price("highest price", highest_price)
+    return Contract(
+        valid_from_s,
+        lines,
+        shortage,
+        chosen,
+        highest_price,
+        preferred,
+        area=area,
+        excluded_providers=tuple(sorted(excluded)),
+        price_ceilings=_ceilings(price_ceilings, lines, chosen, shortage, highest_price),
+        window=window,
+        valid_until_s=valid_until_s,
+    )
+
+
+def _providers(what: str, names: Iterable[str], most: int) -> tuple[str, ...]:
+    providers = tuple(names)
+    if len(providers) > most or len(set(providers)) != len(providers):
+        raise ContractError(
+            f"{len(providers)} {what} providers, or one of them twice", f"name each once, at most {most}"
+        )
+    for name in providers:
+        if not is_name(name):
+            raise ContractError(f"{name!r} is no name", "use the registered name of a provider: a-z, 0-9 and -")
+    return providers
+
+
+def _check_price(what: str, price: object) -> None:
+    if type(price) is not int or not 0 <= price <= MAX_INTEGER:
+        raise ContractError(
+            f"{what} {price!r}", "give a whole number of µ-currency per kWh, or leave it out for no limit"
+        )
+
+
+def _ceilings(
+    ceilings: Iterable[tuple[str | Source, int]],
+    lines: tuple[Line, ...],
+    substitutes: tuple[Source, ...],
+    shortage: ShortageChoice,
+    highest_price: int | None,
+) -> tuple[PriceCeiling, ...]:
+    """By source code. One that can never matter was meant for something else, so it is refused."""
+    wanted = set(Source) if shortage is ShortageChoice.ANY else set(substitutes)
+    for line in lines:
+        wanted.update(line.target.sources if isinstance(line.target, SourceGroup) else (line.target,))
+    by_source: dict[Source, int] = {}
+    for name, price in ceilings:
+        try:
+            source = name if isinstance(name, Source) else source_from_label(name)
+        except ValueError as error:
+            raise ContractError(str(error), "name a single source with each price ceiling") from None
+        _check_price(f"the price ceiling of {source.label} is", price)
+        if source in by_source:
+            raise ContractError(f"{source.label} has two price ceilings", "give one for each source")
+        if source not in wanted:
+            raise ContractError(
+                f"{source.label} has a price ceiling, but no line or substitute takes it", "leave the ceiling out"
+            )
+        if highest_price is not None and price > highest_price:
+            raise ContractError(
+                f"the price ceiling of {source.label}, {price}, is above the highest price {highest_price}",
+                "raise the highest price, which holds for every source, or lower the ceiling",
+            )
+        by_source[source] = price
+    return tuple([PriceCeiling(source, by_source[source]) for source in sorted(by_source)])
 
 
 def _lines(shares: Iterable[tuple[str | Source | SourceGroup, int]]) -> list[Line]:
@@ -261,18 +367,28 @@ _FIELDS: Final[tuple[Field, ...]] = (
     Field(4, "highest_price", Unsigned(), optional=True),
     Field(5, "preferred_providers", Many(Name(), MAX_PREFERRED_PROVIDERS)),
     Field(6, "area", Name()),
+    Field(7, "excluded_providers", Many(Name(), MAX_EXCLUDED_PROVIDERS), optional=True),
+    Field(8, "price_ceilings", Many(Row((Choice(Source), Unsigned()), PriceCeiling), len(Source)), optional=True),
+    Field(9, "window", Choice(Window), optional=True),
+    Field(10, "valid_until_s", Unsigned(), optional=True),
 )
+
+_UNSAID: Final[dict[int, Any]] = {7: (), 8: (), 9: int(Window.INTERVAL)}
+"""What is not in the bytes where it has this value. So a contract that says nothing of it keeps its hash for good."""
 
 
 def contract_bytes(contract: Contract) -> bytes:
     """The contract as deterministic CBOR: what is stored, signed and hashed."""
-    return cbor.encode(encode_fields(_FIELDS, contract))
+    data = encode_fields(_FIELDS, contract)
+    return cbor.encode({key: value for key, value in data.items() if value != _UNSAID.get(key)})
 
 
 def contract_from_bytes(raw: bytes) -> Contract:
     """Read what `contract_bytes` wrote. Raises MalformedMessage, or ContractError where the contract makes no sense."""
     values = decode_fields(_FIELDS, cbor.decode(raw, "contract", MAX_METER_MESSAGE_BYTES), "contract")
-    valid_from_s, lines, shortage, substitutes, highest_price, preferred_providers, area = values
+    valid_from_s, lines, shortage, substitutes, highest_price, preferred, area, excluded, ceilings, window, end_s = (
+        values
+    )
     contract = make_contract(
         valid_from_s,
         [(line.target, line.share_ppm) for line in lines],
@@ -280,10 +396,16 @@ def contract_from_bytes(raw: bytes) -> Contract:
         area=area,
         substitutes=substitutes,
         highest_price=highest_price,
-        preferred_providers=preferred_providers,
+        preferred_providers=preferred,
+        excluded_providers=excluded or (),
+        price_ceilings=[(ceiling.source, ceiling.highest_price) for ceiling in ceilings or ()],
+        window=window or Window.INTERVAL,
+        valid_until_s=end_s,
     )
     if contract.lines != lines:
         raise MalformedMessage("contract.lines", f"shares that add up to {WHOLE_PPM} ppm")
+    if contract_bytes(contract) != raw:
+        raise MalformedMessage("contract", "excluded providers by name, ceilings by source, nothing that goes unsaid")
     return contract
 
 

@@ -216,6 +216,12 @@ def _contracts(store: BrokerStore) -> Iterator[dict[str, Any]]:
                 "shortage": contract.shortage.label,
                 "substitutes": [source.label for source in contract.substitutes],
                 "area": contract.area,
+                "window": contract.window.label,
+                "preferred_providers": list(contract.preferred_providers),
+                "excluded_providers": list(contract.excluded_providers),
+                "highest_price": contract.highest_price,
+                "price_ceilings": {item.source.label: item.highest_price for item in contract.price_ceilings},
+                "valid_until_s": contract.valid_until_s,
             }
 
 

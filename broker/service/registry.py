@@ -77,10 +77,11 @@ class Consumer:
         return self._day_key
 
     def contract_at(self, start_s: int) -> ContractVersion | None:
-        """The version that applies to an interval: the newest that is valid from its start or earlier."""
+        """The version that applies to an interval: the newest that began by its start, unless that one has ended."""
         for version in reversed(self.versions):
             if version.contract.valid_from_s <= start_s:
-                return version
+                until_s = version.contract.valid_until_s
+                return version if until_s is None or start_s < until_s else None
         return None
 
 

@@ -1,6 +1,7 @@
 """Contracts: what people type becomes a whole contract or a clear refusal, and its bytes are always the same."""
 
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -20,6 +21,7 @@ from broker.market.contracts import (
     make_contract,
     period_start,
 )
+from broker.market.windows import Window
 from broker.protocol import cbor
 from broker.protocol.errors import MalformedMessage
 from broker.protocol.messages import NO_LINE
@@ -96,6 +98,16 @@ def test_substitutes_must_fit_the_shortage_choice(shortage: ShortageChoice, subs
         ({"highest_price": -1}, "highest price -1"),
         ({"highest_price": 1.5}, "highest price 1.5"),
         ({"valid_from_s": -1}, "valid from -1"),
+        ({"valid_from_s": 9, "valid_until_s": 9}, "valid from 9 until 9"),
+        ({"excluded_providers": ["a b"]}, "'a b' is no name"),
+        ({"excluded_providers": ["aoi", "aoi"]}, "excluded providers, or one of them twice"),
+        ({"excluded_providers": [f"p{n}" for n in range(33)]}, "at most 32"),
+        ({"preferred_providers": ["aoi"], "excluded_providers": ["aoi"]}, "aoi is preferred and excluded"),
+        ({"price_ceilings": [("moon", 5)]}, "unknown source 'moon'"),
+        ({"price_ceilings": [("renewable", 5)]}, "name a single source"),
+        ({"price_ceilings": [("wind", -5)]}, "wind is -5"),
+        ({"price_ceilings": [("wind", 5), ("wind", 6)]}, "wind has two price ceilings"),
+        ({"price_ceilings": [("wind", 50)], "highest_price": 40}, "wind, 50, is above the highest price 40"),
     ],
 )
 def test_other_fields_that_make_no_sense_are_refused(changed: dict[str, object], says: str) -> None:
@@ -118,6 +130,9 @@ def contracts(draw: st.DrawFn) -> Contract:
         substitutes=substitutes,
         highest_price=draw(st.none() | st.integers(0, 10**9)),
         preferred_providers=draw(st.lists(st.sampled_from(["aoi", "kaze", "mizu"]), unique=True)),
+        excluded_providers=draw(st.lists(st.sampled_from(["sumi", "abura", "gasu"]), unique=True)),
+        window=draw(st.sampled_from(Window)),
+        valid_until_s=draw(st.none() | st.integers(2**40 + 1, 2**41)),
     )
 
 
@@ -223,3 +238,64 @@ def test_a_substitute_counts_for_the_most_exact_line_that_covers_it(source: Sour
 def test_a_substitute_outside_all_lines_counts_for_none() -> None:
     contract = make_contract(0, [("solar", 500_000), ("fossil", 500_000)], UNMATCHED, area="home")
     assert contract.line_for(Source.WIND) == NO_LINE
+
+
+def test_a_ceiling_for_what_no_line_takes_is_refused() -> None:
+    with pytest.raises(ContractError, match="coal has a price ceiling, but no line or substitute takes it"):
+        make_contract(0, [("solar", WHOLE_PPM)], UNMATCHED, area="home", price_ceilings=[("coal", 5)])
+    substitutes = make_contract(
+        0,
+        [("solar", WHOLE_PPM)],
+        ShortageChoice.SUBSTITUTES,
+        area="home",
+        substitutes=["coal"],
+        price_ceilings=[("coal", 5)],
+    )
+    assert substitutes.highest_price_of(Source.COAL) == 5
+
+
+def test_a_source_costs_at_most_its_ceiling_and_the_highest_price() -> None:
+    contract = make_contract(0, [], UNMATCHED, area="home", highest_price=70, price_ceilings=[("wind", 60)])
+    assert (contract.highest_price_of(Source.WIND), contract.highest_price_of(Source.SOLAR)) == (60, 70)
+    assert make_contract(0, [], UNMATCHED, area="home").highest_price_of(Source.WIND) is None
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"window": Window.DAY},
+        {"highest_price": 0},
+        {"price_ceilings": [("wind", 5)]},
+        {"excluded_providers": ["sumi"]},
+        {"preferred_providers": ["aoi"]},
+    ],
+)
+def test_a_contract_with_a_choice_of_its_own_is_not_plain(choice: dict[str, Any]) -> None:
+    assert make_contract(0, [], UNMATCHED, area="home").is_plain
+    chosen = make_contract(0, [], UNMATCHED, area="home", **choice)
+    assert not chosen.is_plain
+    assert contract_from_bytes(contract_bytes(chosen)) == chosen
+    assert contract_hash(chosen) != contract_hash(make_contract(0, [], UNMATCHED, area="home"))
+
+
+def test_the_order_in_which_a_person_excludes_and_limits_changes_nothing() -> None:
+    one, other = (
+        make_contract(
+            0,
+            [],
+            UNMATCHED,
+            area="home",
+            excluded_providers=["sumi", "gasu"][::step],
+            price_ceilings=[("wind", 5), ("solar", 6)][::step],
+        )
+        for step in (1, -1)
+    )
+    assert contract_bytes(one) == contract_bytes(other)
+
+
+def test_bytes_that_say_what_goes_without_saying_are_refused() -> None:
+    contract = make_contract(0, [], UNMATCHED, area="home")
+    data = cbor.decode(contract_bytes(contract), "contract", 1_024)
+    for key, value in ((7, []), (8, []), (9, 0)):
+        with pytest.raises(MalformedMessage, match="nothing that goes unsaid"):
+            contract_from_bytes(cbor.encode({**data, key: value}))
