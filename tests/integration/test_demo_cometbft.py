@@ -1,16 +1,25 @@
 """The demo on four validators, one of which loses its power on the way: the same books as with one broker's ledger."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from dengen_testing.books import summarize
+from dengen_testing.market import Market, build_market
+from dengen_testing.mosquitto import Mosquitto
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("cometbft")]
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo" / "run.py"
+GATEWAY = """
+[ledger.cometbft.gateway]
+validator = "validator-1"
+key_file = "validator-1.pem"
+"""
 INTERVALS = 8
 
 
@@ -34,3 +43,23 @@ def test_four_validators_keep_the_same_books_as_one_broker(tmp_path: Path) -> No
     assert network["neighbour_transfers"] > 0
     trust = json.loads((tmp_path / "network" / "trust.json").read_text())
     assert sorted(trust["validators"]) == [f"validator-{number + 1}" for number in range(4)]
+
+
+def test_a_broker_without_a_node_reaches_the_network_through_anothers_gateway(tmp_path: Path) -> None:
+    """*east* has nodes and serves the ledger over MQTT; *west* has only MQTT, as with a hosted ledger."""
+    plan = runpy.run_path(str(DEMO.with_name("scenario.py")))["demo_plan"](4, 4)
+    with Mosquitto(tmp_path / "mosquitto") as mosquitto:
+        mqtt = mosquitto.mqtt_config()
+        workspace = build_market(plan, tmp_path / "work", tmp_path / "ledger", mqtt)
+        east, west = workspace.config("east"), workspace.config("west")
+        east.write_text(east.read_text().replace("[[neighbours]]", f"{GATEWAY}\n[[neighbours]]"))
+        before, _, after = west.read_text().partition("[ledger.cometbft]")
+        west.write_text(before + after.partition("\n\n")[2])
+        assert "nodes" not in west.read_text()
+        with Market(workspace, mqtt) as market:
+            market.run()
+    summary = summarize(workspace, "cometbft", 0)
+    assert summary["ledger"]["verified"]
+    assert summary["neighbour_transfers"] > 0
+    for consumer in summary["consumers"]:
+        assert sum(consumer["delivered_wh"].values()) + consumer["unmatched_wh"] == consumer["consumed_wh"]
