@@ -34,6 +34,7 @@ from broker.ledger.cometbft.snapshots import (
     remove_left_over,
     sealed_last_block,
 )
+from broker.ledger.cometbft.views import HoldingsViews
 from broker.ledger.directory import checked_head, locked, opened_store
 from broker.ledger.faults import RuleViolation
 from broker.ledger.limits import BATCH_HEAD_BYTES, BLOCK_HEAD_BYTES, MAX_BLOCK_BATCHES
@@ -159,6 +160,7 @@ class NodeApplication:
         self._key = validator_key
         self._executed: _Executed | None = None
         self._refusals: dict[bytes, Refusal] = {}
+        self._views = HoldingsViews(path / FILE_NAME)
         self._checked = _CheckedBatches()
         path.mkdir(parents=True, exist_ok=True)
         self._lock = locked(path)
@@ -205,6 +207,7 @@ class NodeApplication:
         return self._progress.height
 
     def close(self) -> None:
+        self._views.close()
         self._shelf.close()
         if self._sync is not None:
             self._sync.abandon()
@@ -418,6 +421,7 @@ class NodeApplication:
         # A ledger without a block has nothing that a new node could not make from the genesis.
         if self._snapshot_every and self._progress.height % self._snapshot_every == 0 and self._head.height:
             self._shelf.take(self._progress.height, self._progress.rows_digest)
+        self._views.drop_old(self._head.height)
         for batch_id, refusal in executed.refusals.items():
             self._refusals.pop(batch_id, None)
             self._refusals[batch_id] = refusal
@@ -468,6 +472,7 @@ class NodeApplication:
             return sealed_last_block(payload, sealed), self._sign(head).to_bytes()
 
         progress = Progress(sync.network_height, sync.manifest.rows_digest)
+        self._views.close()
         self._store.close()
         try:
             sync.finish(seal, {NETWORK: progress.to_bytes()})
@@ -493,7 +498,7 @@ class NodeApplication:
             self._progress.rows_digest,
             self._refusals,
             self._signed.checkpoint,
-            self._path / FILE_NAME,
+            self._views,
         )
 
 

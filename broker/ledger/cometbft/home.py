@@ -259,7 +259,7 @@ addr_book_strict = false
 allow_duplicate_ip = true
 dial_timeout = "3s"
 # Votes are small and wanted at once, blocks are large: both wait for these.
-flush_throttle_timeout = "5ms"
+flush_throttle_timeout = "2ms"
 max_packet_msg_payload_size = 16384
 send_rate = 20480000
 recv_rate = 20480000
@@ -283,7 +283,7 @@ timeout_commit = "{consensus.commit_ms}ms"
 # With the votes of all there is nothing to wait for.
 skip_timeout_commit = true
 create_empty_blocks = false
-peer_gossip_sleep_duration = "10ms"
+peer_gossip_sleep_duration = "4ms"
 double_sign_check_height = {consensus.double_sign_check_height}
 
 [statesync]

@@ -11,17 +11,16 @@
 | /prove | [query kind, place] | entries of a page (`proving.prove`); none if it cannot be proven |
 | /result | batch id | [0, ledger height], [1, network height, operation or null, fault, reason], or null if not known |
 
-Answers of one path come from one moment; compare heights between pages. A refusal is remembered for a while only.
+Pages of holdings are of one height; where it changes between two pages, they begin anew. A refusal is remembered for a
+while only.
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from broker.ledger.chain import Head
-from broker.ledger.holdings_view import HoldingsView
+from broker.ledger.cometbft.views import HoldingsViews
 from broker.ledger.opening import party_signer
 from broker.ledger.proving import prove
 from broker.ledger.receipts import ProofFailed
@@ -61,8 +60,7 @@ class Sources:
     rows_digest: bytes
     refusals: Mapping[bytes, Refusal]
     checkpoint: bytes
-    file: Path
-    """The ledger's file: holdings are read past the cache, on a connection of their own."""
+    views: HoldingsViews
 
 
 def answer_query(path: str, question: bytes, sources: Sources) -> bytes:
@@ -109,8 +107,7 @@ def _holdings(sources: Sources, question: bytes) -> bytes:
         raise MalformedMessage("question", "[party, cursor or null]")
     party = Name().decode(asked[0], "party")
     cursor = None if asked[1] is None else Bytes(1, 256).decode(asked[1], "cursor")
-    with closing(HoldingsView(sources.file)) as view:
-        page = view.page(party, cursor)
+    page = sources.views.page(party, cursor)
     return cbor.encode([page.height, page.entries, page.next_cursor])
 
 
