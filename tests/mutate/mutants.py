@@ -90,7 +90,8 @@ def _sites_of(function: str, root: ast.FunctionDef) -> Iterator[_Site]:
                 # `x or 0` gives a default and decides nothing.
                 if isinstance(operand, ast.Constant):
                     continue
-                yield _Site("condition", function, operand, ast.unparse(operand), _dropping(parent.values, at))
+                removed = f"{ast.unparse(operand)} of {ast.unparse(parent)[:40]}"
+                yield _Site("condition", function, operand, removed, _dropping(parent.values, at))
         if isinstance(parent, ast.Compare) and len(parent.ops) > 1:
             yield from _chain_sites(function, parent)
         if isinstance(parent, ast.If) and _refuses(parent.body):
@@ -136,7 +137,7 @@ def _edge_sites(function: str, compare: ast.Compare) -> Iterator[_Site]:
             def apply(at: int = at, other: type[ast.cmpop] = other) -> None:
                 compare.ops[at] = other()
 
-            yield _Site("edge", function, compare, f"the edge of {ast.unparse(compare)}", apply)
+            yield _Site("edge", function, compare, f"edge {at + 1} of {ast.unparse(compare)}", apply)
 
 
 def _refuses(body: list[ast.stmt]) -> bool:

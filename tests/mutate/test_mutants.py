@@ -28,10 +28,10 @@ def test_each_guard_condition_edge_return_and_write_is_deleted_once():
         ("guard", "if a < b <= 9 or not a"),
         ("return", "if b"),
         ("write", "state.put(a, b)"),
-        ("edge", "the edge of a < b <= 9"),
-        ("edge", "the edge of a < b <= 9"),
-        ("condition", "a < b <= 9"),
-        ("condition", "not a"),
+        ("edge", "edge 1 of a < b <= 9"),
+        ("edge", "edge 2 of a < b <= 9"),
+        ("condition", "a < b <= 9 of a < b <= 9 or not a"),
+        ("condition", "not a of a < b <= 9 or not a"),
         ("condition", "the first link of a < b <= 9"),
         ("condition", "the last link of a < b <= 9"),
     ]
@@ -51,6 +51,11 @@ def test_every_fault_is_named_by_a_guard_and_asserted_by_a_plain_test():
     for fault in Fault:
         assert f"Fault.{fault.name}" in rules + opening, f"no guard raises {fault.name}"
         assert f"Fault.{fault.name}" in tests, f"no test of tests/unit/ledger asserts {fault.name}"
+
+
+def test_every_mutant_has_a_name_of_its_own():
+    names = [mutant.name for mutant in all_mutants()]
+    assert len(set(names)) == len(names)
 
 
 def test_no_known_equivalent_has_outlived_its_reason():

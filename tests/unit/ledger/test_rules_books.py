@@ -19,21 +19,28 @@ from support.ledger_world import (
     correct_demand,
     deliver,
     found,
+    genesis,
     issue,
     key,
     mandate,
     order,
+    revoke,
+    rotate,
     seal,
+    set_validator,
     take,
 )
 
 from broker.ledger import state
 from broker.ledger.faults import Fault, LedgerInvariantBroken, RuleViolation
-from broker.ledger.opening import OpenedBatch
+from broker.ledger.opening import OpenedBatch, charter_of
 from broker.ledger.operations import DeliveredSlice, ReturnedSlice, Transfer, Void, encode_operation
-from broker.ledger.rules import apply_batch, delivery, generation
+from broker.ledger.rules import apply_batch, delivery, generation, validators_now
+from broker.ledger.rules import validators as rules_of_validators
 from broker.ledger.rules.books import check_books
+from broker.ledger.rules.step import Refused, Step
 from broker.ledger.state import AssetRow, Held, Overlay, TotalRow, asset_key
+from broker.protocol.messages import KeyHolder, NamedKey
 
 ASSET = (state.ASSET, T0, "solar-1", 0, 0)
 TOTAL = (state.TOTAL, T0, 1)
@@ -151,3 +158,65 @@ def test_deliveries_that_all_came_back_are_not_searched(monkeypatch: pytest.Monk
     world.apply(correct("solar-1", 0, 2))
     assert world.get(*asset_key(asset("solar-1"))).withdrawn_wh == 4
     assert world.get(*asset_key(newer)).withdrawn_wh == 4
+
+
+def test_a_registrars_key_is_nobody_elses() -> None:
+    world = World.set_up()
+    for operation in (admit("solar-2", meter_key="registrar"), rotate("solar-1", "registrar", holder=KeyHolder.DEVICE)):
+        with pytest.raises(RuleViolation) as caught:
+            world.apply(operation)
+        assert caught.value.code is Fault.KEY_TAKEN
+
+
+def test_the_only_validator_may_get_another_power_and_one_that_goes_need_not_name_its_key() -> None:
+    world = World.set_up()
+    world.apply(set_validator("node", 2))
+    world.apply(set_validator("n2", 1, 2), set_validator("n2", 0, 3, validator_key="node"))
+    assert [validator.name for validator in validators_now(world.state, CHARTER).validators] == ["node"]
+
+
+def test_half_of_the_registrars_is_not_more_than_half() -> None:
+    two = tuple(NamedKey(name, key(name).public.cose_key) for name in ("registrar", "other"))
+    charter = charter_of(genesis(registrars=two))
+    world = World.set_up()
+    step = Step(Overlay(world.state), charter, "b1", is_broker=True)
+    with pytest.raises(Refused) as caught:
+        rules_of_validators.set_validator(step, set_validator("n2", 1))
+    assert caught.value.code is Fault.VALIDATOR_MAJORITY
+    rules_of_validators.set_validator(step, set_validator("n2", 1, by=("registrar", "other")))
+
+
+def test_a_change_of_exactly_a_third_is_too_much() -> None:
+    world = World.set_up()
+    world.apply(set_validator("n2", 1), set_validator("n3", 2, 2), set_validator("n4", 2, 3))
+    with pytest.raises(RuleViolation) as caught:
+        world.apply(set_validator("n5", 2, 4))
+    assert caught.value.code is Fault.VALIDATOR_THIRD
+    world.apply(set_validator("n5", 1, 4))
+
+
+def test_a_rotation_said_twice_changes_nothing() -> None:
+    world = World.set_up()
+    rotation = rotate("solar-1", "solar-1/new", by="registrar", holder=KeyHolder.DEVICE)
+    world.apply(rotation)
+    before = dict(world.state.written)
+    world.apply(rotation, by="b2")
+    changed = {found for found, row in world.state.written.items() if before.get(found) != row}
+    assert {found[0] for found in changed} == {state.APPLIED}
+
+
+def test_a_rotation_is_said_twice_only_if_the_old_key_is_the_same_holders_too() -> None:
+    world = World.set_up()
+    world.apply(rotate("bob", "bob/new"), rotate("alice", "alice/new"))
+    with pytest.raises(RuleViolation) as caught:
+        world.apply(rotate("alice", "alice/new", old_key="bob", by="registrar"))
+    assert caught.value.code is Fault.ROTATION_OF_OLD_KEY
+
+
+def test_a_revoked_key_puts_no_other_in_its_place() -> None:
+    world = World.set_up()
+    world.apply(revoke("alice"))
+    with pytest.raises(RuleViolation) as caught:
+        world.apply(rotate("alice", "alice/new"))
+    assert caught.value.code is Fault.STATEMENT
+    world.apply(rotate("alice", "alice/new", by="registrar"))
