@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
+from broker.market.tariff import MAX_PRICE
 from broker.protocol.errors import MalformedMessage
 from broker.protocol.keys import PublicKey, public_key_from_cose
-from broker.protocol.limits import MAX_INTEGER
 from broker.protocol.messages import Genesis
 from broker.protocol.mqtt_link import MqttConfig
 from firmware_config.loader import Between, ConfigError, OneName, WrongValue, load_config
@@ -89,9 +89,15 @@ class NeighbourSection:
 
 @dataclass(frozen=True, slots=True)
 class MarketSection:
-    """Policy towards neighbours: the highest price offered where a contract sets none, in µ-currency per kWh."""
+    """Prices, in µ-currency per kWh.
 
-    highest_price: Annotated[int, Between(0, MAX_INTEGER)] = 1_000_000
+    `highest_price` is what neighbours are offered at most where a contract says nothing. The margins come on top of
+    what the broker itself paid, for its consumers and for its neighbours.
+    """
+
+    highest_price: Annotated[int, Between(0, MAX_PRICE)] = 1_000_000
+    consumer_margin: Annotated[int, Between(0, MAX_PRICE)] = 0
+    neighbour_margin: Annotated[int, Between(0, MAX_PRICE)] = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""`energy-broker run`, `check-config`, `statement` and `list`: a broker and its tables."""
+"""`energy-broker run`, `check-config`, `submit` and `list`: a broker and its tables."""
 
 import argparse
 from pathlib import Path
@@ -12,17 +12,15 @@ from firmware_config.loader import ConfigError
 
 
 def add_commands(commands: Any) -> None:
-    """`run`, `check-config`, `statement` and `list`."""
+    """`run`, `check-config`, `submit` and `list`."""
     from broker.service.registration import TABLES
 
     add_config_option(add_command(commands, "run", "Run the broker until it is told to stop (SIGTERM).", _run))
     parser = add_command(commands, "check-config", "Check a config file and everything it names.", _check_config)
     parser.add_argument("config", type=Path, metavar="FILE", help="the broker's config file (TOML)")
-    statement = add_command(
-        commands, "statement", "Put signed statements on the ledger when the broker runs.", _statement_add
-    )
-    add_config_option(statement)
-    statement.add_argument("statements", type=Path, nargs="+", metavar="FILE", help="signed statements")
+    submit = add_command(commands, "submit", "Put signed statements on the ledger when the broker runs.", _submit)
+    add_config_option(submit)
+    submit.add_argument("statements", type=Path, nargs="+", metavar="FILE", help="signed statements")
     listing = add_command(commands, "list", "List or export a table of the broker.", _list)
     add_config_option(listing)
     listing.add_argument("table", choices=TABLES, help="which table")
@@ -55,7 +53,7 @@ def _check_config(options: argparse.Namespace) -> int:
     return DONE
 
 
-def _statement_add(options: argparse.Namespace) -> int:
+def _submit(options: argparse.Namespace) -> int:
     from broker.service.registration import add_statement
     from broker.service.store import BrokerStore
 

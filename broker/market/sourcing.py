@@ -267,42 +267,74 @@ class OpenOrder:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What an order gets: `energy_wh` Wh, or none and a `reason` that goes back to the requester."""
+    """What an order gets: (price, Wh) in `parts`, cheapest first; or none, and a `reason` for the requester."""
 
     order_id: bytes
-    energy_wh: int
+    parts: tuple[tuple[int, int], ...]
     reason: str | None = None
 
+    @property
+    def energy_wh(self) -> int:
+        return sum([energy_wh for _, energy_wh in self.parts])
 
-def grants(
-    orders: Sequence[OpenOrder], available: Mapping[Source, int], price_of_source: Mapping[Source, int]
-) -> tuple[Grant, ...]:
+
+def grants(orders: Sequence[OpenOrder], offered: Mapping[Source, Mapping[int, int]]) -> tuple[Grant, ...]:
     """Share out what is left after own clearing, in proportion to the orders; one grant per order, in their order.
 
-    Ties go by requester name and then id. The order of arrival changes nothing.
+    `offered` has Wh by source and asked price (µ-currency per kWh); no order gets any above its highest price. How much
+    each gets is decided from the dearest Wh down, since fewest take those: so none is left that somebody would take.
+    Which they are is decided from the cheapest up, lower limits first. Ties go by requester name and then id, and the
+    order of arrival changes nothing.
     """
     granted: dict[bytes, Grant] = {}
     for source in Source:
-        waiting = []
-        for order in sorted([order for order in orders if order.source is source], key=_tie_key):
-            price = price_of_source.get(source)
-            if not available.get(source, 0) or price is None:
-                granted[order.order_id] = Grant(order.order_id, 0, f"no {source.label} left in this interval")
-            elif price > order.highest_price:
-                reason = (
-                    f"{source.label} costs {price} µ/kWh here, above the order's highest price {order.highest_price}"
-                )
-                granted[order.order_id] = Grant(order.order_id, 0, reason)
-            else:
-                waiting.append(order)
-        wanted_wh = [order.energy_wh for order in waiting]
-        shares = apportion(min(available.get(source, 0), sum(wanted_wh)), wanted_wh)
-        for order, share_wh in zip(waiting, shares, strict=True):
-            reason_of_none = (
-                None if share_wh else f"no {source.label} left after sharing out among {len(waiting)} orders"
-            )
-            granted[order.order_id] = Grant(order.order_id, share_wh, reason_of_none)
+        of_source = sorted([order for order in orders if order.source is source], key=_tie_key)
+        if of_source:
+            wh_at = {price: energy_wh for price, energy_wh in sorted(offered.get(source, {}).items()) if energy_wh}
+            granted.update(_grants_of_source(source, of_source, wh_at))
     return tuple([granted[order.order_id] for order in orders])
+
+
+def _grants_of_source(source: Source, orders: Sequence[OpenOrder], wh_at: Mapping[int, int]) -> dict[bytes, Grant]:
+    """`wh_at` is by price, cheapest first."""
+    amounts_wh = dict.fromkeys([order.order_id for order in orders], 0)
+    for price in reversed(wh_at):
+        takers = [order for order in orders if order.highest_price >= price]
+        wanted_wh = [order.energy_wh - amounts_wh[order.order_id] for order in takers]
+        for order, share_wh in zip(takers, apportion(min(wh_at[price], sum(wanted_wh)), wanted_wh), strict=True):
+            amounts_wh[order.order_id] += share_wh
+    left_wh = dict(wh_at)
+    parts: dict[bytes, list[tuple[int, int]]] = {order_id: [] for order_id in amounts_wh}
+    missing_wh = dict(amounts_wh)
+    # Whoever pays less than another must get the cheaper Wh, or those that both would take run out.
+    for limit in sorted({order.highest_price for order in orders}):
+        takers = [order for order in orders if order.highest_price == limit]
+        for price in left_wh:
+            wanted_wh = [missing_wh[order.order_id] for order in takers]
+            shares_wh = apportion(min(left_wh[price], sum(wanted_wh)), wanted_wh)
+            left_wh[price] -= sum(shares_wh)
+            for order, share_wh in zip(takers, shares_wh, strict=True):
+                missing_wh[order.order_id] -= share_wh
+                if share_wh:
+                    parts[order.order_id].append((price, share_wh))
+    return {
+        order.order_id: Grant(
+            order.order_id,
+            tuple(parts[order.order_id]),
+            None if amounts_wh[order.order_id] else _reason_of_none(source, order, orders, wh_at),
+        )
+        for order in orders
+    }
+
+
+def _reason_of_none(source: Source, order: OpenOrder, orders: Sequence[OpenOrder], wh_at: Mapping[int, int]) -> str:
+    if not wh_at:
+        return f"no {source.label} left in this interval"
+    cheapest = next(iter(wh_at))
+    if cheapest > order.highest_price:
+        return f"{source.label} costs {cheapest} µ/kWh here, above the order's highest price {order.highest_price}"
+    takers = [other for other in orders if other.highest_price >= cheapest]
+    return f"no {source.label} left after sharing out among {len(takers)} orders"
 
 
 def _tie_key(order: OpenOrder) -> tuple[str, bytes]:

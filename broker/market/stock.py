@@ -11,7 +11,7 @@ an interval decides as if it had not been.
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from broker.protocol.market_time import Interval
@@ -157,6 +157,12 @@ class Stock:
             for source, shelf in sorted(self._shelves.get(interval.start_s, {}).items())
             if shelf.energy_wh
         }
+
+    def slices(self, interval: Interval) -> Iterator[HeldSlice]:
+        """All slices generated in this market interval, by source, asset and range; nothing is taken."""
+        for _, shelf in sorted(self._shelves.get(interval.start_s, {}).items()):
+            for asset in sorted(shelf.by_asset):
+                yield from shelf.by_asset[asset]
 
     def by_source(self) -> dict[Source, int]:
         """Wh of each source over all intervals; sources of which there is none are left out."""

@@ -6,6 +6,7 @@ ledger hold, so a broker that is killed at any moment goes on as if it had not b
 """
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Final
 
 from broker.ledger.client import (
@@ -33,7 +34,9 @@ from broker.ledger.operations import (
     encode_operation,
 )
 from broker.market.clearing import Clearing
+from broker.market.statements import Flow
 from broker.market.stock import HeldSlice, Stock
+from broker.market.tariff import Tariff
 from broker.protocol import messages
 from broker.protocol.envelope import Signer, open_envelope, parse
 from broker.protocol.errors import ProtocolError
@@ -55,7 +58,7 @@ from broker.protocol.topics import Topics
 from broker.service.batches import BatchDesk, in_batches
 from broker.service.cycle import Cycle
 from broker.service.intake import Accepted, Intake
-from broker.service.neighbours import Neighbours
+from broker.service.neighbours import Neighbours, transfer_row
 from broker.service.outputs import Identity, Outputs
 from broker.service.registry import Registry
 from broker.service.store import (
@@ -92,6 +95,7 @@ class Broker:
         store: BrokerStore,
         neighbours: Mapping[str, PublicKey],
         highest_price: int,
+        tariff: Tariff,
     ) -> None:
         self.outputs = Outputs()
         self._identity = identity
@@ -113,6 +117,7 @@ class Broker:
             self._stock,
             self._desk,
             self.outputs,
+            tariff,
         )
         self._neighbours = Neighbours(
             identity,
@@ -124,13 +129,13 @@ class Broker:
             self.outputs,
             tuple(sorted(neighbours)),
             highest_price,
+            tariff,
         )
         self._readings: list[Accepted] = []
         self._holdings_height: int | None = None
         self._stopped = False
         self._refill = False
         self._statements_waiting = bool(store.statements(WorkState.WAITING))
-        self._prices = self._own_prices()
         self.market_time_s: int | None = None
         self._desk.hand_over(self._desk.waiting)
 
@@ -194,7 +199,6 @@ class Broker:
     def registrations_changed(self) -> None:
         """The command line has written into the store."""
         self._registry.forget()
-        self._prices = self._own_prices()
         self._statements_waiting = bool(self._store.statements(WorkState.WAITING))
 
     def reconnected(self, now_s: float) -> None:
@@ -288,7 +292,7 @@ class Broker:
         """All that the ledger says we own, less what our unanswered batches give away."""
         self._stock.drop_all()
         for holding in holdings:
-            self._stock.add(self._as_slice(holding.asset, holding.source, holding.from_wh, holding.to_wh))
+            self._stock.give_back(self._as_slices(holding.asset, holding.source, holding.from_wh, holding.to_wh))
         for batch in self._desk.waiting:
             for asset, from_wh, to_wh in _given_away(_operations_of(batch.raw), self._identity.name):
                 key = (asset.device, int(asset.carrier), asset.start_s, asset.revision)
@@ -301,15 +305,21 @@ class Broker:
         """True if what a block of that height did to our stock is, or will be, part of the loaded holdings."""
         return self._holdings_height is None or height <= self._holdings_height
 
-    def _as_slice(self, asset: AssetId, source: Source, from_wh: int, to_wh: int) -> HeldSlice:
-        device = self._registry.device(asset.device)
-        price = device.price if device is not None else 0
-        if device is None:
-            purchase = self._store.purchase_of(asset.device, asset.start_s, asset.revision, from_wh)
-            price = purchase.price if purchase is not None else 0
+    def _as_slices(self, asset: AssetId, source: Source, from_wh: int, to_wh: int) -> list[HeldSlice]:
+        """These Wh of an asset at the prices that were paid for them; the ledger keeps only who owns them."""
+        acquired = self._store.acquisitions(asset.device, asset.start_s, asset.revision, from_wh, to_wh)
+        borders = {from_wh, to_wh}
+        for row in acquired:
+            borders.update([border for border in (row.from_wh, row.to_wh) if from_wh < border < to_wh])
         key = (asset.device, int(asset.carrier), asset.start_s, asset.revision)
         end_s = asset.start_s + self._calendar.interval_s
-        return HeldSlice(key, source, asset.start_s, end_s, from_wh, to_wh, price)
+        device = self._registry.device(asset.device)
+        unknown = device.price if device is not None else 0
+        slices = []
+        for low, high in pairwise(sorted(borders)):
+            price = next((row.price for row in acquired if row.from_wh <= low < row.to_wh), unknown)
+            slices.append(HeldSlice(key, source, asset.start_s, end_s, low, high, price))
+        return slices
 
     def _committed(self, event: BatchCommitted) -> None:
         batch = self._desk.finish(event.batch_id, WorkState.COMMITTED, event.height, None)
@@ -320,8 +330,7 @@ class Broker:
             case BatchKind.STATEMENTS:
                 self._finish_statements(_operations_of(batch.raw), WorkState.COMMITTED, None)
             case BatchKind.PROVIDE:
-                if not self._in_holdings(event.height):
-                    self._add_provided(_operations_of(batch.raw))
+                self._provided(_transfers(_operations_of(batch.raw)), in_stock=self._in_holdings(event.height))
                 self._refill = True
             case BatchKind.SUPPLY:
                 self._neighbours.supply_finished(batch, _transfers(_operations_of(batch.raw)), None)
@@ -343,12 +352,20 @@ class Broker:
                 " of the database that there is (docs/broker.md, Backups)"
             )
 
-    def _add_provided(self, operations: list[Operation]) -> None:
-        for operation in operations:
-            if isinstance(operation, Transfer):
-                device = self._registry.device(operation.asset.device)
-                if device is not None:
-                    self._stock.add(self._as_slice(operation.asset, device.source, operation.from_wh, operation.to_wh))
+    def _provided(self, transfers: list[Transfer], *, in_stock: bool) -> None:
+        """The ledger has transferred own providers' energy to us. `in_stock`: the loaded holdings include it."""
+        rows = []
+        for transfer in transfers:
+            asset = transfer.asset
+            device = self._registry.device(asset.device)
+            assert device is not None  # Whose reading was accepted; registrations are never taken out of the store.
+            rows.append(transfer_row(Flow.PROVIDED, transfer, device.source, b""))
+            if not in_stock:
+                key = (asset.device, int(asset.carrier), asset.start_s, asset.revision)
+                end_s = asset.start_s + self._calendar.interval_s
+                wh = transfer.from_wh, transfer.to_wh
+                self._stock.add(HeldSlice(key, device.source, asset.start_s, end_s, *wh, transfer.price))
+        self._store.add_transfers(rows)
 
     def _refused(self, event: BatchRefused) -> None:
         waiting = {row.batch_id: row for row in self._desk.waiting}
@@ -393,17 +410,16 @@ class Broker:
     def _give_back(self, operations: list[Operation]) -> None:
         """What a refused batch would have given away is still ours."""
         for asset, from_wh, to_wh in _given_away(operations, self._identity.name):
-            source = self._source_of(asset)
+            source = self._source_of(asset, from_wh)
             if source is not None and self._holdings_height is not None:
-                self._stock.add(self._as_slice(asset, source, from_wh, to_wh))
+                self._stock.give_back(self._as_slices(asset, source, from_wh, to_wh))
 
-    def _source_of(self, asset: AssetId) -> Source | None:
+    def _source_of(self, asset: AssetId, at_wh: int) -> Source | None:
         device = self._registry.device(asset.device)
         if device is not None:
             return device.source
-        purchase = self._store.purchase_of(asset.device, asset.start_s, asset.revision, 2**53)
-        order = self._store.order_out(purchase.order_id) if purchase is not None else None
-        return Source(order.source) if order is not None else None
+        acquired = self._store.acquisitions(asset.device, asset.start_s, asset.revision, at_wh, at_wh + 1)
+        return Source(acquired[0].source) if acquired else None
 
     def _take_foreign(self, event: ForeignBatch) -> None:
         """Of what others put on the ledger only transfers to us concern us: the neighbour's second change request."""
@@ -448,7 +464,7 @@ class Broker:
             clearing = self._cycle.clear()
             self._refill = False
             self._ask_neighbours(clearing, now_s)
-            self._neighbours.announce(interval, clearing, self._prices)
+            self._neighbours.announce(interval, clearing)
             return True
         if self._serve(interval.start_s, now_s):
             return True
@@ -457,7 +473,7 @@ class Broker:
             self._refill = False
             clearing = self._cycle.fill_again()
             if not gate_2 and self._ask_neighbours(clearing, now_s):
-                self._neighbours.announce(interval, clearing, self._prices)
+                self._neighbours.announce(interval, clearing)
             return True
         if gate_2:
             if self._desk.waits_before(interval.start_s):
@@ -488,7 +504,7 @@ class Broker:
             and not self._neighbours.ready_to_serve(up_to_start_s)
         ):
             return False
-        self._neighbours.serve(up_to_start_s, self._prices)
+        self._neighbours.serve(up_to_start_s)
         return True
 
     def _serve_by(self, interval: Interval) -> int:
@@ -582,14 +598,6 @@ class Broker:
             if row.raw in raws:
                 self._store.set_statement(row.number, state, reason)
         self._statements_waiting = bool(self._store.statements(WorkState.WAITING))
-
-    def _own_prices(self) -> dict[Source, int]:
-        """The price of each source that own providers make: the dearest of their devices."""
-        prices: dict[Source, int] = {}
-        for device in self._store.devices():
-            source = Source(device.source)
-            prices[source] = max(prices.get(source, 0), device.price)
-        return prices
 
 
 def _statement_rank(row: StatementRow) -> tuple[int, int]:

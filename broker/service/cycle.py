@@ -25,6 +25,7 @@ from broker.market.clearing import Clearing, OpenDemand, Taken, fill_lines, sett
 from broker.market.contracts import History
 from broker.market.mix import quotas
 from broker.market.stock import AssetKey, HeldSlice, Stock
+from broker.market.tariff import Tariff
 from broker.protocol.market_time import Interval, MarketCalendar
 from broker.protocol.messages import Carrier, DeliveredLine, Delivery, DeliveryState, MessageType
 from broker.protocol.sources import Source
@@ -85,6 +86,7 @@ class Cycle:
         stock: Stock,
         desk: BatchDesk,
         outputs: Outputs,
+        tariff: Tariff,
     ) -> None:
         self._identity = identity
         self._calendar = calendar
@@ -95,6 +97,7 @@ class Cycle:
         self._stock = stock
         self._desk = desk
         self._outputs = outputs
+        self._tariff = tariff
         self._short: dict[tuple[str, int], ShortDemand] = {}
         self._told: dict[bytes, list[tuple[str, bytes]]] = {}
         """By batch: sealed delivery messages with their meters, sent when the ledger has committed the batch."""
@@ -335,7 +338,7 @@ class Cycle:
                         revision,
                         held.from_wh,
                         held.to_wh,
-                        held.price,
+                        self._tariff.for_consumers(held.price),
                         self._through(held),
                         batch.number,
                     )
@@ -353,8 +356,8 @@ class Cycle:
         device, _, asset_start_s, revision = held.asset
         if self._registry.device(device) is not None:
             return None
-        purchase = self._store.purchase_of(device, asset_start_s, revision, held.from_wh)
-        return purchase.neighbour if purchase is not None else None
+        acquired = self._store.acquisitions(device, asset_start_s, revision, held.from_wh, held.from_wh + 1)
+        return acquired[0].party if acquired else None
 
     def _forget_filled(self) -> None:
         for key in [key for key, demand in self._short.items() if demand.delivered_wh == demand.row.energy_wh]:

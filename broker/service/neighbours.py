@@ -5,7 +5,7 @@ carried out. A neighbour's *done* is a hint: energy counts only when the ledger'
 is sent again, the stored bytes, after a reconnect or a time-out, and every repeated order gets the same answer.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,10 +26,12 @@ from broker.market.sourcing import (
     plan_orders,
     supplier_answer,
 )
+from broker.market.statements import Flow
 from broker.market.stock import HeldSlice, Stock
+from broker.market.tariff import Tariff
 from broker.protocol import messages
 from broker.protocol.envelope import parse
-from broker.protocol.limits import MAX_REASON_CHARACTERS
+from broker.protocol.limits import MAX_INTEGER, MAX_REASON_CHARACTERS
 from broker.protocol.market_time import Interval, MarketCalendar
 from broker.protocol.messages import (
     AnswerStatus,
@@ -46,7 +48,7 @@ from broker.protocol.sources import Source
 from broker.protocol.topics import Topics
 from broker.service.batches import BatchDesk, in_batches
 from broker.service.outputs import Identity, Outputs
-from broker.service.store import BatchKind, BatchRow, BrokerStore, OrderInRow, OrderOutRow, PurchaseRow
+from broker.service.store import BatchKind, BatchRow, BrokerStore, OrderInRow, OrderOutRow, TransferRow
 
 MAX_OPEN_ORDERS_IN: Final = 4_096
 """Orders of all neighbours that wait to be served; more are refused, so that a flood costs its sender."""
@@ -79,6 +81,7 @@ class Neighbours:
         outputs: Outputs,
         names: tuple[str, ...],
         highest_price: int,
+        tariff: Tariff,
     ) -> None:
         self._identity = identity
         self._calendar = calendar
@@ -89,6 +92,7 @@ class Neighbours:
         self._outputs = outputs
         self._names = names
         self._highest_price = highest_price
+        self._tariff = tariff
         # What is under way, so that a turn without any neighbour's business costs no query.
         self._asked = {row.order_id: _Waiting(0, 0.0) for row in store.open_orders_out()}
         self._received = {_key(row) for row in store.orders_in_state(_name(SupplierState.RECEIVED))}
@@ -189,17 +193,7 @@ class Neighbours:
         `in_stock`: the holdings that the ledger gave, or is giving, include it.
         """
         asset = transfer.asset
-        row = PurchaseRow(
-            asset.device,
-            asset.start_s,
-            asset.revision,
-            transfer.from_wh,
-            transfer.to_wh,
-            sender,
-            transfer.price,
-            order.order_id,
-        )
-        if not self._store.add_purchase(row):
+        if not self._store.add_transfers([transfer_row(Flow.BOUGHT, transfer, order.source, order.order_id)]):
             return
         if not in_stock:
             key = (asset.device, int(asset.carrier), asset.start_s, asset.revision)
@@ -313,7 +307,7 @@ class Neighbours:
         waiting = self._store.orders_in_state(_name(SupplierState.RECEIVED))
         return any(row.start_s <= start_s for row in waiting)
 
-    def serve(self, up_to_start_s: int, prices: Mapping[Source, int]) -> None:
+    def serve(self, up_to_start_s: int) -> None:
         """Share out what is left of stock among the waiting orders of intervals up to that one."""
         by_interval: dict[int, list[OrderInRow]] = {}
         for row in self._store.orders_in_state(_name(SupplierState.RECEIVED)):
@@ -321,26 +315,46 @@ class Neighbours:
                 by_interval.setdefault(row.start_s, []).append(row)
         for start_s, rows in sorted(by_interval.items()):
             interval = Interval(start_s, start_s + self._calendar.interval_s)
-            available = self._stock.available(interval)
             orders = [
                 OpenOrder(row.order_id, row.requester, Source(row.source), row.energy_wh, row.highest_price)
                 for row in rows
             ]
-            for row, grant in zip(rows, grants(orders, available, prices), strict=True):
-                if grant.energy_wh:
-                    self._supply(row, grant.energy_wh, interval)
+            shelves = self._by_asked_price(interval)
+            offered = {
+                source: {price: shelf.available(interval)[source] for price, shelf in by_price.items()}
+                for source, by_price in shelves.items()
+            }
+            for row, grant in zip(rows, grants(orders, offered), strict=True):
+                source = Source(row.source)
+                slices = [
+                    (price, held)
+                    for price, energy_wh in grant.parts
+                    for held in shelves[source][price].take(source, start_s, energy_wh)
+                ]
+                for _, held in slices:
+                    self._stock.remove(held.asset, held.from_wh, held.to_wh)
+                if slices:
+                    self._supply(row, grant.energy_wh, slices, interval)
                 else:
                     self._decline(row, grant.reason or "nothing left")
 
-    def _supply(self, row: OrderInRow, energy_wh: int, interval: Interval) -> None:
+    def _by_asked_price(self, interval: Interval) -> dict[Source, dict[int, Stock]]:
+        """What is in stock of an interval, by source and the price that a neighbour is asked for it. Takes nothing."""
+        shelves: dict[Source, dict[int, Stock]] = {}
+        for held in self._stock.slices(interval):
+            price = self._tariff.for_neighbours(held.price)
+            shelves.setdefault(held.source, {}).setdefault(price, Stock()).add(held)
+        return shelves
+
+    def _supply(
+        self, row: OrderInRow, energy_wh: int, slices: Sequence[tuple[int, HeldSlice]], interval: Interval
+    ) -> None:
         """The second change request: the transfer to the neighbour, with its order inside."""
         operations = []
-        for held in self._stock.take(Source(row.source), interval.start_s, energy_wh):
+        for price, held in slices:
             device, carrier, start_s, revision = held.asset
             asset = AssetId(device, Carrier(carrier), start_s, revision)
-            transfer = Transfer(
-                asset, held.from_wh, held.to_wh, self._identity.name, row.requester, held.price, row.raw
-            )
+            transfer = Transfer(asset, held.from_wh, held.to_wh, self._identity.name, row.requester, price, row.raw)
             operations.append(encode_operation(transfer))
         # Out of many small devices a large order takes more transfers than one batch holds.
         for run in in_batches(operations, [len(operation) for operation in operations]):
@@ -365,7 +379,10 @@ class Neighbours:
         row = self._store.order_in(transfers[0].receiver, Order.from_payload(parse(raw).payload).order_id)
         assert row is not None
         granted_wh = row.granted_wh
-        if refusal is not None:
+        if refusal is None:
+            sold = [transfer_row(Flow.SOLD, transfer, Source(row.source), row.order_id) for transfer in transfers]
+            self._store.add_transfers(sold)
+        else:
             granted_wh -= sum(transfer.to_wh - transfer.from_wh for transfer in transfers)
         if any(other.kind is BatchKind.SUPPLY and raw in other.raw for other in self._desk.waiting):
             self._store.set_order_in(row.requester, row.order_id, row.state, granted_wh, None)
@@ -391,7 +408,7 @@ class Neighbours:
 
     # Announcements
 
-    def announce(self, interval: Interval, clearing: Clearing, prices: Mapping[Source, int]) -> None:
+    def announce(self, interval: Interval, clearing: Clearing) -> None:
         """Tell neighbours that this interval is cleared here, what is short, whom we ask, and coarsely what is left."""
         if not self._names:
             return
@@ -406,10 +423,15 @@ class Neighbours:
             tuple([NeighbourCount(name, counts[name]) for name in sorted(counts)]),
         )
         self._publish_retained(self._topics.cleared(self._identity.name), self._identity.seal(cleared))
+        # At the lowest price: whoever would pay that can get some, and an order's own limit decides how much.
+        cheapest: dict[Source, int] = {}
+        for held in self._stock.slices(interval):
+            price = min(self._tariff.for_neighbours(held.price), MAX_INTEGER)
+            cheapest[held.source] = min(cheapest.get(held.source, price), price)
         offers = [
-            SourceOffer(source, energy_wh - energy_wh % COARSE_WH, prices[source])
+            SourceOffer(source, energy_wh - energy_wh % COARSE_WH, cheapest[source])
             for source, energy_wh in self._stock.available(interval).items()
-            if energy_wh >= COARSE_WH and source in prices
+            if energy_wh >= COARSE_WH
         ]
         stock = messages.Stock(self._identity.name, interval.start_s, interval.end_s, tuple(offers))
         self._publish_retained(self._topics.stock(self._identity.name), self._identity.seal(stock))
@@ -428,6 +450,23 @@ class Neighbours:
     def forget(self, before_s: int) -> None:
         """Drop what was heard long before that interval."""
         self._store.forget_heard(before_s - KEEP_HEARD_S)
+
+
+def transfer_row(flow: Flow, transfer: Transfer, source: Source, order_id: bytes) -> TransferRow:
+    """A committed transfer of ours as it is kept for the accounts."""
+    asset = transfer.asset
+    return TransferRow(
+        int(flow),
+        transfer.sender if flow.into_broker else transfer.receiver,
+        asset.device,
+        asset.start_s,
+        asset.revision,
+        transfer.from_wh,
+        transfer.to_wh,
+        int(source),
+        transfer.price,
+        order_id,
+    )
 
 
 def _name(state: RequesterState | SupplierState) -> str:

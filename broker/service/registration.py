@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from broker.market.contracts import Contract, contract_bytes, contract_from_bytes
+from broker.market.statements import Flow
+from broker.market.tariff import MAX_PRICE
 from broker.protocol.codec import is_name
 from broker.protocol.envelope import parse
 from broker.protocol.errors import MalformedMessage, ProtocolError
@@ -122,6 +124,8 @@ def add_provider(
                 raise RegistrationError(f"a {envelope.message_type.name.lower()} does not belong here")
         except ProtocolError as error:
             raise RegistrationError(f"not a signed statement: {error}") from error
+    if not 0 <= price <= MAX_PRICE:
+        raise RegistrationError(f"a price is from 0 to {MAX_PRICE} µ-currency per kWh, not {price}")
     if not mandates:
         raise RegistrationError("no mandate is among the files; make one with `energy-broker provider mandate`")
     rows = []
@@ -181,13 +185,15 @@ TABLES: Final = (
     "consumers",
     "contracts",
     "providers",
-    "statements",
+    "submissions",
     "demands",
     "readings",
     "history",
     "orders",
     "requests",
+    "provided",
     "purchases",
+    "sales",
     "batches",
     "conflicts",
 )
@@ -238,7 +244,7 @@ def _providers(store: BrokerStore) -> Iterator[dict[str, Any]]:
         }
 
 
-def _statements(store: BrokerStore) -> Iterator[dict[str, Any]]:
+def _submissions(store: BrokerStore) -> Iterator[dict[str, Any]]:
     for row in store.statements():
         yield {
             "number": row.number,
@@ -326,18 +332,32 @@ def _batches(store: BrokerStore) -> Iterator[dict[str, Any]]:
         }
 
 
-def _purchases(store: BrokerStore) -> Iterator[dict[str, Any]]:
-    for row in store.all_purchases():
+def _transfers(store: BrokerStore, flow: Flow, party: str) -> Iterator[dict[str, Any]]:
+    for row in store.transfers(flow):
         yield {
             "device": row.device,
             "start_s": row.asset_start_s,
+            "revision": row.asset_revision,
+            "source": Source(row.source).label,
             "from_wh": row.from_wh,
             "to_wh": row.to_wh,
             "energy_wh": row.to_wh - row.from_wh,
-            "neighbour": row.neighbour,
+            party: row.party,
             "price": row.price,
-            "order_id": row.order_id.hex(),
+            **({"order_id": row.order_id.hex()} if row.order_id else {}),
         }
+
+
+def _provided(store: BrokerStore) -> Iterator[dict[str, Any]]:
+    return _transfers(store, Flow.PROVIDED, "provider")
+
+
+def _purchases(store: BrokerStore) -> Iterator[dict[str, Any]]:
+    return _transfers(store, Flow.BOUGHT, "neighbour")
+
+
+def _sales(store: BrokerStore) -> Iterator[dict[str, Any]]:
+    return _transfers(store, Flow.SOLD, "neighbour")
 
 
 def _conflicts(store: BrokerStore) -> Iterator[dict[str, Any]]:
@@ -355,13 +375,15 @@ _LISTINGS: Final = {
     "consumers": _consumers,
     "contracts": _contracts,
     "providers": _providers,
-    "statements": _statements,
+    "submissions": _submissions,
     "demands": _demands,
     "readings": _readings,
     "history": _history,
     "orders": _orders,
     "requests": _requests,
+    "provided": _provided,
     "purchases": _purchases,
+    "sales": _sales,
     "batches": _batches,
     "conflicts": _conflicts,
 }

@@ -23,6 +23,7 @@ from broker.config import BrokerConfig, CometbftSection, load_genesis, parse_pub
 from broker.ledger.client import BlockApplied, LedgerClient, LedgerFault, TooManyPending
 from broker.ledger.embedded import EmbeddedLedger
 from broker.ledger.gateway import Gateway, Outgoing
+from broker.market.tariff import Tariff
 from broker.protocol.envelope import Signer, open_envelope
 from broker.protocol.errors import ProtocolError
 from broker.protocol.keys import load_private_key, public_key_from_cose
@@ -135,7 +136,13 @@ class BrokerService:
         neighbours = {neighbour.name: parse_public_key(neighbour.key) for neighbour in config.neighbours}
         self._store.begin()
         self._broker = Broker(
-            self._identity, genesis, self._topics, self._store, neighbours, config.market.highest_price
+            self._identity,
+            genesis,
+            self._topics,
+            self._store,
+            neighbours,
+            config.market.highest_price,
+            Tariff(config.market.consumer_margin, config.market.neighbour_margin),
         )
         self._store.commit()
         self._monotonic_s = monotonic_s

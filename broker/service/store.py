@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 from broker.protocol import cbor
 from broker.protocol.messages import MessageType
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 _SCHEMA: Final = """
 CREATE TABLE consumer (
@@ -77,11 +77,12 @@ CREATE TABLE order_in (
     granted_wh INTEGER NOT NULL, answer BLOB, PRIMARY KEY (requester, order_id)
 ) WITHOUT ROWID;
 CREATE INDEX order_in_interval ON order_in (start_s);
-CREATE TABLE purchase (
-    device TEXT NOT NULL, asset_start_s INTEGER NOT NULL, asset_revision INTEGER NOT NULL, from_wh INTEGER NOT NULL,
-    to_wh INTEGER NOT NULL, neighbour TEXT NOT NULL, price INTEGER NOT NULL, order_id BLOB NOT NULL,
-    PRIMARY KEY (device, asset_start_s, asset_revision, from_wh, order_id)
-) WITHOUT ROWID;
+CREATE TABLE transfer (
+    number INTEGER PRIMARY KEY, flow INTEGER NOT NULL, party TEXT NOT NULL, device TEXT NOT NULL,
+    asset_start_s INTEGER NOT NULL, asset_revision INTEGER NOT NULL, from_wh INTEGER NOT NULL, to_wh INTEGER NOT NULL,
+    source INTEGER NOT NULL, price INTEGER NOT NULL, order_id BLOB NOT NULL,
+    UNIQUE (asset_start_s, device, asset_revision, from_wh, flow, order_id)
+);
 CREATE TABLE ledger_cursor (only INTEGER PRIMARY KEY CHECK (only = 1), height INTEGER NOT NULL, block_id BLOB NOT NULL);
 CREATE TABLE announcement (topic TEXT PRIMARY KEY, raw BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE heard (
@@ -89,6 +90,14 @@ CREATE TABLE heard (
     PRIMARY KEY (start_s, kind, broker)
 ) WITHOUT ROWID;
 """
+
+_TRANSFER_COLUMNS: Final = "flow, party, device, asset_start_s, asset_revision, from_wh, to_wh, source, price, order_id"
+_PAID: Final = (
+    "SELECT price FROM transfer WHERE asset_start_s = {0}.asset_start_s AND device = {0}.device"
+    " AND asset_revision = {0}.asset_revision AND from_wh <= {0}.from_wh AND to_wh > {0}.from_wh AND flow IN (0, 1){1}"
+    " ORDER BY number DESC LIMIT 1"
+)
+"""The price at which the first Wh of a range last came here; a slice of stock has one price throughout."""
 
 
 class StoreError(Exception):
@@ -243,18 +252,38 @@ class OrderInRow:
     answer: bytes | None
 
 
-@dataclass(frozen=True, slots=True)
-class PurchaseRow:
-    """A range of an asset that a neighbour transferred to this broker under an order."""
+class TransferRow(NamedTuple):
+    """A range of an asset that came to or left this broker by a transfer on the ledger.
 
+    `party` is the provider or neighbour on the other side; `order_id` is empty where a provider gave it.
+    """
+
+    flow: int
+    party: str
     device: str
     asset_start_s: int
     asset_revision: int
     from_wh: int
     to_wh: int
-    neighbour: str
+    source: int
     price: int
-    order_id: bytes
+    order_id: bytes = b""
+
+
+class SettledRow(NamedTuple):
+    """A range that was passed on, and what it had cost: the price of the transfer by which it last came here.
+
+    `start_s` is a delivery's demand or the asset's interval. `paid` is None if it never came here.
+    """
+
+    party: str
+    start_s: int
+    device: str
+    asset_start_s: int
+    source: int
+    price: int
+    energy_wh: int
+    paid: int | None
 
 
 class BrokerStore:
@@ -707,35 +736,69 @@ class BrokerStore:
             (state, granted_wh, answer, requester, order_id),
         )
 
-    def add_purchase(self, row: PurchaseRow) -> bool:
-        """Note a range that a neighbour transferred to us. False if it was noted before."""
-        cursor = self._db.execute(
-            "INSERT OR IGNORE INTO purchase VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                row.device,
-                row.asset_start_s,
-                row.asset_revision,
-                row.from_wh,
-                row.to_wh,
-                row.neighbour,
-                row.price,
-                row.order_id,
-            ),
+    # Transfers, and what was paid
+
+    def add_transfers(self, rows: Iterable[TransferRow]) -> int:
+        """Note transfers that stand on the ledger, in its order. Returns how many were not noted before."""
+        before = self._db.total_changes
+        self._db.executemany(
+            f"INSERT OR IGNORE INTO transfer ({_TRANSFER_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows
         )
-        return cursor.rowcount == 1
+        return self._db.total_changes - before
 
-    def purchase_of(self, device: str, asset_start_s: int, asset_revision: int, from_wh: int) -> PurchaseRow | None:
-        """The purchase that a range starting at `from_wh` came from."""
-        row = self._db.execute(
-            "SELECT * FROM purchase WHERE device = ? AND asset_start_s = ? AND asset_revision = ? AND from_wh <= ?"
-            " ORDER BY from_wh DESC LIMIT 1",
-            (device, asset_start_s, asset_revision, from_wh),
-        ).fetchone()
-        return PurchaseRow(*row) if row else None
+    def acquisitions(
+        self, device: str, asset_start_s: int, asset_revision: int, from_wh: int, to_wh: int
+    ) -> list[TransferRow]:
+        """The transfers by which any of these Wh of an asset came to this broker, newest first.
 
-    def all_purchases(self) -> Iterator[PurchaseRow]:
-        rows = self._db.execute("SELECT * FROM purchase ORDER BY asset_start_s, device, asset_revision, from_wh")
-        return (PurchaseRow(*row) for row in rows)
+        More than one can have brought the same Wh: what a neighbour bought can be bought back.
+        """
+        rows = self._db.execute(
+            f"SELECT {_TRANSFER_COLUMNS} FROM transfer WHERE asset_start_s = ? AND device = ? AND asset_revision = ?"
+            " AND from_wh < ? AND to_wh > ? AND flow IN (0, 1) ORDER BY number DESC",
+            (asset_start_s, device, asset_revision, to_wh, from_wh),
+        )
+        return [TransferRow(*row) for row in rows]
+
+    def transfers(self, flow: int, since_s: int = 0, until_s: int = 2**53) -> Iterator[TransferRow]:
+        """Transfers of one kind of assets whose interval begins in `[since_s, until_s)`, by interval, device, range."""
+        rows = self._db.execute(
+            f"SELECT {_TRANSFER_COLUMNS} FROM transfer WHERE asset_start_s >= ? AND asset_start_s < ? AND flow = ?"
+            " ORDER BY asset_start_s, device, asset_revision, from_wh, number",
+            (since_s, until_s, flow),
+        )
+        return (TransferRow(*row) for row in rows)
+
+    def settled_sales(self, since_s: int, until_s: int) -> Iterator[SettledRow]:
+        """What neighbours got of assets whose interval begins in `[since_s, until_s)`."""
+        rows = self._db.execute(
+            "SELECT sold.party, sold.asset_start_s, sold.device, sold.asset_start_s, sold.source, sold.price,"
+            f" sold.to_wh - sold.from_wh, ({_PAID.format('sold', ' AND number < sold.number')}) FROM transfer AS sold"
+            " WHERE sold.asset_start_s >= ? AND sold.asset_start_s < ? AND sold.flow = 2",
+            (since_s, until_s),
+        )
+        return (SettledRow(*row) for row in rows)
+
+    def settled_deliveries(self, since_s: int, until_s: int, meter: str | None = None) -> Iterator[SettledRow]:
+        """What the ledger has of deliveries to demands of `[since_s, until_s)`, of one consumer or of all."""
+        if meter is None:
+            where = "FROM delivery AS given JOIN batch ON batch.number = given.batch WHERE given.start_s >= ?"
+            values: tuple[int | str, ...] = (since_s, until_s)
+        else:
+            # Deliveries are found by interval first, so one consumer's are looked up interval by interval.
+            where = (
+                "FROM interval CROSS JOIN delivery AS given ON given.start_s = interval.start_s AND given.meter = ?"
+                " JOIN batch ON batch.number = given.batch WHERE interval.start_s >= ?"
+            )
+            values = (meter, since_s, until_s)
+        start = "given" if meter is None else "interval"
+        rows = self._db.execute(
+            "SELECT given.meter, given.start_s, given.device, given.asset_start_s, given.source, given.price,"
+            f" given.to_wh - given.from_wh, ({_PAID.format('given', '')}) {where} AND {start}.start_s < ?"
+            f" AND batch.state = {int(WorkState.COMMITTED)}",
+            values,
+        )
+        return (SettledRow(*row) for row in rows)
 
     # What was announced and heard
 

@@ -118,7 +118,7 @@ def make_broker(folder: Path, mqtt: MqttConfig, capacity_wh: int) -> BrokerFolde
             *("registrar", "register", *registrar, "--party", party, "--role", role, "--party-key", public[party]),
             *("--out", folder / f"{party}.registration"),
         )
-    energy_broker("statement", "--config", config, folder / f"{BROKER}.registration")
+    energy_broker("submit", "--config", config, folder / f"{BROKER}.registration")
     for device, source in DEVICES:
         admission, mandate = folder / f"{device}.admission", folder / f"{device}.mandate"
         energy_broker(

@@ -198,7 +198,7 @@ def build_market(plan: MarketPlan, folder: Path, ledger: Path, mqtt: MqttConfig)
     for broker in plan.brokers:
         workspace.config(broker).write_text(_broker_config(workspace, keys, broker, mqtt))
         # A broker has one registration of its own; those of its providers come with the mandates.
-        energy_broker("statement", "--config", workspace.config(broker), _register(workspace, keys, broker, "broker"))
+        energy_broker("submit", "--config", workspace.config(broker), _register(workspace, keys, broker, "broker"))
     for device in plan.devices:
         _take_on(workspace, keys, device)
     for consumer in plan.consumers:

@@ -96,7 +96,7 @@ def test_a_device_is_taken_on_while_the_broker_runs(desk: BrokerDesk) -> None:
     raw = desk.signed(desk.value("dam", 60, meter="weir"), "weir")
     assert desk.receipt(desk.send(raw, "weir", "reading")).status is ReceiptStatus.ACCEPTED
     desk.tick(T0 + INTERVAL_S + PLAN.gate_2_s)
-    assert {row["state"] for row in desk.table("west", "statements")} == {"committed"}
+    assert {row["state"] for row in desk.table("west", "submissions")} == {"committed"}
     assert [row["refusal"] for row in desk.table("west", "readings")] == [None]
     assert {row["state"] for row in desk.table("west", "batches")} == {"committed"}
 

@@ -7,11 +7,12 @@ import pytest
 from support.ledger_world import key
 
 from broker.market.sourcing import order_id_for
+from broker.market.statements import Flow
 from broker.protocol.envelope import seal
 from broker.protocol.messages import AnswerStatus, MessageType, Order, OrderAnswer
 from broker.protocol.sources import Source
 from broker.service.neighbours import MAX_OPEN_ORDERS_IN
-from broker.service.store import BrokerStore, PurchaseRow, WorkState
+from broker.service.store import BrokerStore, TransferRow, WorkState
 from simulation import audit
 from simulation.plans import PAIR, TRIO
 from simulation.simulated_mqtt import Message
@@ -222,10 +223,16 @@ def test_a_large_order_out_of_many_devices_goes_in_several_batches(
 
 def test_energy_that_goes_to_a_neighbour_and_comes_back_is_counted_both_times(folder: Path) -> None:
     store = BrokerStore(folder / "broker.db")
-    there = PurchaseRow("mill", T0, 0, 0, 100, "east", 5, b"1" * 16)
-    assert store.add_purchase(there)
-    assert not store.add_purchase(there)
-    assert store.add_purchase(replace(there, order_id=b"2" * 16))
+    there = TransferRow(Flow.BOUGHT, "east", "mill", T0, 0, 0, 100, Source.WIND, 5, b"1" * 16)
+    assert store.add_transfers([there]) == 1
+    assert store.add_transfers([there]) == 0
+    sold = there._replace(flow=Flow.SOLD, party="west", price=6)
+    back = there._replace(party="west", price=7, order_id=b"2" * 16)
+    assert store.add_transfers([sold, back]) == 2
+    assert [row.price for row in store.acquisitions("mill", T0, 0, 50, 60)] == [7, 5]
+    # What was sold had cost what was paid before, not what was paid to get it back.
+    (settled,) = store.settled_sales(T0, T0 + 1)
+    assert settled.paid == 5
     store.close()
 
 

@@ -19,6 +19,7 @@ from support.ledger_world import key
 
 from broker.config import BrokerConfig, BrokerSection, HostSection, LedgerSection, NeighbourSection
 from broker.market.contracts import ShortageChoice, contract_bytes, make_contract
+from broker.market.statements import Flow
 from broker.protocol.envelope import Signer, open_envelope, seal, sealed_id
 from broker.protocol.keys import save_private_key
 from broker.protocol.messages import (
@@ -561,7 +562,7 @@ class World:
                 delivered[row.meter, row.start_s, Source(row.source).label] += row.to_wh - row.from_wh
             for message in store.all_messages(MessageType.DEMAND):
                 unmatched[message.meter, message.start_s] = message.energy_wh - message.delivered_wh
-            for purchase in store.all_purchases():
+            for purchase in store.transfers(Flow.BOUGHT):
                 label = source_of[purchase.device].label
                 bought[name, purchase.asset_start_s, label] += purchase.to_wh - purchase.from_wh
             for start_s, shelves in process.service._broker._stock._shelves.items():

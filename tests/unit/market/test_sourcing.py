@@ -237,29 +237,37 @@ def asks(name: int, requester: str, energy_wh: int, source: Source = WIND, highe
     return OpenOrder(bytes([name]) * ORDER_ID_BYTES, requester, source, energy_wh, highest_price)
 
 
+def amounts(granted: tuple[Grant, ...]) -> list[int]:
+    return [grant.energy_wh for grant in granted]
+
+
 def test_orders_are_shared_out_in_proportion() -> None:
     orders = [asks(1, "west", 300), asks(2, "south", 100)]
-    assert [grant.energy_wh for grant in grants(orders, {WIND: 200}, {WIND: 5})] == [150, 50]
-    assert [grant.energy_wh for grant in grants(orders, {WIND: 900}, {WIND: 5})] == [300, 100]
+    assert amounts(grants(orders, {WIND: {5: 200}})) == [150, 50]
+    assert amounts(grants(orders, {WIND: {5: 900}})) == [300, 100]
 
 
 def test_the_odd_wh_goes_by_requester_name_then_order_id() -> None:
     orders = [asks(9, "west", 10), asks(2, "south", 10), asks(1, "west", 10)]
-    assert [grant.energy_wh for grant in grants(orders, {WIND: 10}, {WIND: 5})] == [3, 4, 3]
-    assert [grant.energy_wh for grant in grants(orders, {WIND: 11}, {WIND: 5})] == [3, 4, 4]
+    assert amounts(grants(orders, {WIND: {5: 10}})) == [3, 4, 3]
+    assert amounts(grants(orders, {WIND: {5: 11}})) == [3, 4, 4]
 
 
 def test_an_order_that_gets_nothing_gets_a_reason() -> None:
     orders = [asks(1, "west", 10, SOLAR), asks(2, "west", 10, WIND, 4), asks(3, "a", 9), asks(4, "b", 1)]
-    first, second, third, fourth = grants(orders, {WIND: 1}, {WIND: 5, SOLAR: 5})
-    assert first == Grant(orders[0].order_id, 0, "no solar left in this interval")
+    first, second, third, fourth = grants(orders, {WIND: {5: 1}})
+    assert first == Grant(orders[0].order_id, (), "no solar left in this interval")
     assert second.reason == "wind costs 5 µ/kWh here, above the order's highest price 4"
-    assert third == Grant(orders[2].order_id, 1)
-    assert fourth == Grant(orders[3].order_id, 0, "no wind left after sharing out among 2 orders")
+    assert third == Grant(orders[2].order_id, ((5, 1),))
+    assert fourth == Grant(orders[3].order_id, (), "no wind left after sharing out among 2 orders")
 
 
-def test_a_source_without_a_price_is_not_for_sale() -> None:
-    assert grants([asks(1, "west", 10)], {WIND: 100}, {})[0].energy_wh == 0
+def test_nobody_gets_energy_above_their_limit_and_lower_limits_get_the_cheaper() -> None:
+    low, high = asks(1, "west", 60, highest_price=5), asks(2, "south", 60, highest_price=9)
+    granted = grants([high, low], {WIND: {7: 30, 5: 70}})
+    assert [grant.parts for grant in granted] == [((5, 23), (7, 30)), ((5, 47),)]
+    # With enough for all, nobody is given the dear while there is cheaper.
+    assert grants([high], {WIND: {7: 30, 5: 70}})[0].parts == ((5, 60),)
 
 
 ORDERS = st.lists(
@@ -275,23 +283,36 @@ ORDERS = st.lists(
 )
 
 
-@given(ORDERS, st.integers(0, 200))
-def test_grants_never_exceed_stock_or_order_and_leave_nothing_that_is_wanted(
-    orders: list[OpenOrder], wind_wh: int
+OFFERED = st.dictionaries(st.sampled_from([WIND, SOLAR]), st.dictionaries(st.integers(3, 11), st.integers(0, 100)))
+
+
+@given(ORDERS, OFFERED)
+def test_grants_never_exceed_stock_order_or_limit_and_leave_nothing_that_is_wanted(
+    orders: list[OpenOrder], offered: dict[Source, dict[int, int]]
 ) -> None:
-    result = grants(orders, {WIND: wind_wh}, {WIND: 5, SOLAR: 5})
+    result = grants(orders, offered)
     assert [grant.order_id for grant in result] == [one.order_id for one in orders]
+    given: Counter[tuple[Source, int]] = Counter()
     for one, grant in zip(orders, result, strict=True):
         assert 0 <= grant.energy_wh <= one.energy_wh
         assert (grant.reason is None) == (grant.energy_wh > 0)
-    wanted_wh = sum(one.energy_wh for one in orders if one.source is WIND and one.highest_price >= 5)
-    assert sum(grant.energy_wh for grant in result) == min(wind_wh, wanted_wh)
+        for price, energy_wh in grant.parts:
+            assert energy_wh > 0
+            assert price <= one.highest_price
+            given[one.source, price] += energy_wh
+    for (source, price), energy_wh in given.items():
+        assert energy_wh <= offered[source][price]
+    for one, grant in zip(orders, result, strict=True):
+        if grant.energy_wh < one.energy_wh:
+            for price, energy_wh in offered.get(one.source, {}).items():
+                assert price > one.highest_price or given[one.source, price] == energy_wh
 
 
-@given(ORDERS, st.integers(0, 200), st.randoms(use_true_random=False))
-def test_the_order_of_arrival_changes_no_grant(orders: list[OpenOrder], wind_wh: int, shuffler: Random) -> None:
+@given(ORDERS, OFFERED, st.randoms(use_true_random=False))
+def test_the_order_of_arrival_changes_no_grant(
+    orders: list[OpenOrder], offered: dict[Source, dict[int, int]], shuffler: Random
+) -> None:
     shuffled = list(orders)
     shuffler.shuffle(shuffled)
-    offered, prices = {WIND: wind_wh, SOLAR: 7}, {WIND: 5, SOLAR: 5}
-    by_id = {grant.order_id: grant for grant in grants(shuffled, offered, prices)}
-    assert [by_id[one.order_id] for one in orders] == list(grants(orders, offered, prices))
+    by_id = {grant.order_id: grant for grant in grants(shuffled, offered)}
+    assert [by_id[one.order_id] for one in orders] == list(grants(orders, offered))

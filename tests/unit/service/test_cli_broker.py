@@ -304,7 +304,7 @@ def test_a_provider_is_taken_on_once_with_its_statements(desk: Desk) -> None:
     assert desk.done(*desk.provider("ola.reg", "roof.adm", "roof.man")) == "taken on: roof\n"
     (row,) = csv.DictReader(io.StringIO(desk.table("providers", "--csv")))
     assert (row["device"], row["owner"], row["source"], row["price"]) == ("roof", "ola", "solar", "90000")
-    states = [json.loads(line)["state"] for line in desk.table("statements", "--json").splitlines()]
+    states = [json.loads(line)["state"] for line in desk.table("submissions", "--json").splitlines()]
     assert states == ["waiting"] * 3
     code, _, err = desk.run(*desk.provider("ola.reg", "roof.adm", "roof.man"))
     assert code == 2
@@ -319,9 +319,9 @@ def test_a_devices_meter_is_no_consumer(desk: Desk) -> None:
 
 
 def test_statements_are_kept_and_other_files_are_not(desk: Desk) -> None:
-    out = desk.done("statement", "--config", desk.config, desk.file("ola.reg"))
+    out = desk.done("submit", "--config", desk.config, desk.file("ola.reg"))
     assert out.endswith("registration, kept for the ledger\n")
-    code, _, err = desk.run("statement", "--config", desk.config, desk.file("genesis.cbor"))
+    code, _, err = desk.run("submit", "--config", desk.config, desk.file("genesis.cbor"))
     assert code == 2
     assert "no signed statement" in err
 
