@@ -39,10 +39,14 @@ def _check_config(options: argparse.Namespace) -> int:
     config = load_broker_config(options.config)
     load_private_key(config.broker.key_file)
     genesis = load_genesis(config.ledger.genesis_file)
-    if config.ledger.host is not None:
-        key = load_private_key(config.ledger.host.key_file)
-        if NamedKey(config.ledger.host.validator, key.public.cose_key) not in genesis.validators:
-            raise ConfigError(options.config, "ledger.host.validator", "a validator of the genesis, with its key")
+    network = config.ledger.cometbft
+    speaks_for = {"host": config.ledger.host, "cometbft.gateway": None if network is None else network.gateway}
+    for section, named in speaks_for.items():
+        if named is None:
+            continue
+        key = load_private_key(named.key_file)
+        if NamedKey(named.validator, key.public.cose_key) not in genesis.validators:
+            raise ConfigError(options.config, f"ledger.{section}.validator", "a validator of the genesis, with its key")
     if config.broker.clock == "conductor" and not genesis.simulated:
         raise ConfigError(options.config, "broker.clock", "'system', since this ledger is not simulated")
     for key_name in ("password_file", "ca_file", "certificate_file", "key_file"):

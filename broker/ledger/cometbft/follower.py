@@ -132,7 +132,7 @@ class News:
 
 
 class Contradiction(NodeError):
-    """A node whose blocks do not follow on those seen before: two histories exist, or its data is damaged."""
+    """A node of another ledger, or whose blocks do not follow on those seen before: two histories, or damaged data."""
 
 
 class Behind(NodeError):
@@ -144,6 +144,8 @@ class _Peer:
     node: Node
     failures: int = 0
     retry_at_s: float = 0.0
+    ours: bool = False
+    """It has shown that it keeps this ledger."""
 
 
 @dataclass(slots=True)
@@ -164,6 +166,7 @@ class Follower:
     def __init__(
         self, genesis: Genesis, nodes: Sequence[Node], own: Signer | None = None, known_height: int = 0
     ) -> None:
+        self._genesis = genesis.to_bytes()
         self._charter: Charter = charter_of(genesis)
         self._peers = [_Peer(node) for node in nodes]
         self._at = 0
@@ -203,6 +206,7 @@ class Follower:
                 self._turn_to_next()
                 continue
             try:
+                self._check_ledger(peer)
                 self._speak(peer.node, now_s, news)
             except NodeError as error:
                 self._leave_alone(peer, error, now_s)
@@ -231,7 +235,7 @@ class Follower:
 
     def _leave_alone(self, peer: _Peer, error: NodeError, now_s: float) -> None:
         if isinstance(error, Contradiction):
-            LOG.error("ledger node %s; compare its checkpoint with others before anything else", error)
+            LOG.error("ledger node %s; compare its genesis and checkpoint with others before anything else", error)
             peer.retry_at_s = now_s + CONTRADICTION_S
         elif isinstance(error, Behind):
             LOG.debug("ledger node %s", error)
@@ -259,6 +263,12 @@ class Follower:
         self._ask_results(node, news)
         self._answer_questions(node, news)
         self._leave_if_silent(now_s)
+
+    def _check_ledger(self, peer: _Peer) -> None:
+        if not peer.ours:
+            if peer.node.query("/genesis", b"") != self._genesis:
+                raise Contradiction(peer.node.url, f"keeps another ledger than {self._charter.ledger} of our genesis")
+            peer.ours = True
 
     def _look(self, node: Node, now_s: float) -> int:
         """The node's ledger height, after a check that it is not behind."""

@@ -141,3 +141,15 @@ def test_a_broker_hosts_a_ledger_or_joins_a_network(folder: Path) -> None:
     (folder / "broker.toml").write_text(joined + hosted)
     with pytest.raises(ConfigError, match="not both"):
         load_broker_config(folder / "broker.toml")
+
+
+def test_a_gateway_must_speak_for_a_validator(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    founded(folder)
+    save_private_key(folder / "east.pem", generate_private_key())
+    gateway = '[ledger.cometbft.gateway]\nvalidator = "node"\nkey_file = "KEY"\n'
+    joined = BROKER.replace("NODES", '["http://127.0.0.1:26657"]')
+    (folder / "broker.toml").write_text(joined + gateway.replace("KEY", "east.pem"))
+    assert cli.main(["check-config", str(folder / "broker.toml")]) == 2
+    assert "ledger.cometbft.gateway.validator" in capsys.readouterr().err
+    (folder / "broker.toml").write_text(joined + gateway.replace("KEY", "node.pem"))
+    assert cli.main(["check-config", str(folder / "broker.toml")]) == 0

@@ -212,12 +212,14 @@ class Canned:
 
     def __init__(self, network: FakeNetwork, *, broken: bool = False) -> None:
         self._head = network.nodes[0].query("/head", b"")
+        self._genesis = network.genesis.to_bytes()
         self._broken = broken
 
     def query(self, path: str, data: bytes) -> bytes:
         if self._broken:
             raise AssertionError("a fault of the program")
-        return self._head if path == "/head" else cbor.encode([0, []])
+        answers = {"/head": self._head, "/genesis": self._genesis}
+        return answers.get(path, cbor.encode([0, []]))
 
     def submit(self, raw_batch: bytes) -> Checked:
         return Checked(0, "")

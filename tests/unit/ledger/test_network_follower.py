@@ -202,7 +202,16 @@ def test_a_node_whose_blocks_do_not_follow_is_passed_over_loudly(
     assert any(record.levelname == "ERROR" and "does not follow" in record.message for record in caplog.records)
 
 
-@pytest.mark.parametrize("path", ["/head", "/blocks", "/checkpoint", "/holdings", "/signer", "/result"])
+def test_a_node_of_another_ledger_is_passed_over_loudly(network: FakeNetwork, caplog: pytest.LogCaptureFixture) -> None:
+    network.nodes[0].forged["/genesis"] = world.genesis(currency="JPY").to_bytes()
+    desk = Desk(network, 0, 1)
+    desk.turn(B1)
+    assert network.nodes[0].given == []
+    assert network.nodes[1].given == [B1]
+    assert any(record.levelname == "ERROR" and "another ledger" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize("path", ["/genesis", "/head", "/blocks", "/checkpoint", "/holdings", "/signer", "/result"])
 @pytest.mark.parametrize("answer", [b"", b"\xff", cbor.encode(["?"]), cbor.encode({1: 2})])
 def test_a_node_that_talks_nonsense_is_passed_over(network: FakeNetwork, path: str, answer: bytes) -> None:
     desk = Desk(network, 0, 1, own=None)
