@@ -27,6 +27,7 @@ from support.ledger_world import (
     revoke,
     rotate,
     seal,
+    sell,
     set_validator,
     take,
 )
@@ -220,3 +221,29 @@ def test_a_revoked_key_puts_no_other_in_its_place() -> None:
         world.apply(rotate("alice", "alice/new"))
     assert caught.value.code is Fault.STATEMENT
     world.apply(rotate("alice", "alice/new", by="registrar"))
+
+
+def test_a_mandate_covers_only_what_its_giver_holds_and_only_from_its_beginning() -> None:
+    world = World.set_up()
+    world.apply(
+        admit("solar-2"), mandate("solar-2", from_s=T0 + INTERVAL_S), issue("solar-2", 10), issue("solar-1", 10)
+    )
+    world.apply(Transfer(asset("solar-1"), 0, 10, "alice", "bob", 1, None), by="alice")
+    for operation in (take("solar-1", 0, 10, owner="bob"), take("solar-2", 0, 10)):
+        with pytest.raises(RuleViolation) as caught:
+            world.apply(operation)
+        assert caught.value.code is Fault.NOT_MANDATED
+
+
+@pytest.mark.parametrize(("later_s", "refused"), [(0, True), (1, False)])
+def test_an_order_is_good_until_its_requesters_clock_reaches_its_end(later_s: int, refused: bool) -> None:
+    world = World.set_up()
+    world.apply(issue("solar-1", 10), take("solar-1", 0, 10))
+    world.apply(close(T0 - INTERVAL_S), by="b2")
+    asked = seal(order(not_after_s=T0 + later_s), "b2")
+    if not refused:
+        world.apply(sell("solar-1", 0, 10, asked))
+        return
+    with pytest.raises(RuleViolation) as caught:
+        world.apply(sell("solar-1", 0, 10, asked))
+    assert caught.value.code is Fault.ORDER_EXPIRED
