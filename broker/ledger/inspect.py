@@ -229,9 +229,7 @@ def keys(path: Path) -> Iterator[KeyLine]:
     with opened(path) as store:
         for key, row in _rows(store, KEY):
             assert isinstance(row, KeyRow)
-            yield KeyLine(
-                key[1], KeyHolder(row.holder), row.name, row.retired_from_s, row.grace_until_s, row.revoked
-            )
+            yield KeyLine(key[1], KeyHolder(row.holder), row.name, row.retired_from_s, row.grace_until_s, row.revoked)
 
 
 def validators(path: Path) -> Iterator[ValidatorLine]:
