@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from broker.commands import broker, consumer, copies, key, ledger, privacy, provider, registrar
+from broker.commands import broker, consumer, copies, key, ledger, privacy, provider, registrar, statement
 from broker.commands.common import DONE, FAILED, USAGE, Command
 from broker.market.contracts import ContractError
 from broker.protocol.errors import KeyFileError, ProtocolError
@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Imported here, because these bring in SQLite, which a plain --help does not need.
     from broker.database_copy import CopyError
     from broker.ledger.store import LedgerError
+    from broker.service.accounts import AccountsError
     from broker.service.registration import RegistrationError
     from broker.service.store import StoreError
 
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(USAGE, f"{error.filename}: there is no such file; check the path")
     except (ConfigError, WrongValue, ContractError, RegistrationError, KeyFileError) as error:
         return _say(USAGE, error)
-    except (ProtocolError, StoreError, LedgerError, CopyError, OSError) as error:
+    except (ProtocolError, StoreError, LedgerError, CopyError, AccountsError, OSError) as error:
         return _say(FAILED, error)
 
 
@@ -53,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"energy-broker {version('dengen')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (broker, copies, key, ledger, registrar, provider, consumer, privacy):
+    for group in (broker, copies, key, ledger, registrar, provider, consumer, statement, privacy):
         group.add_commands(commands)
     return parser
 

@@ -3,8 +3,9 @@
 import argparse
 import csv
 import json
+import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
 from enum import IntEnum
@@ -23,6 +24,8 @@ from firmware_config.loader import WrongValue
 DONE: Final = 0
 FAILED: Final = 1
 USAGE: Final = 2
+
+_NUMBER: Final = re.compile(r"-|-?[0-9]+(\.[0-9]+)?")
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -110,6 +113,26 @@ def print_csv(rows: Iterable[dict[str, Any]], out: TextIO | None = None) -> None
 def _in_a_cell(value: Any) -> Any:
     """Lists and tables within a row stand as JSON in their cell."""
     return json.dumps(value) if isinstance(value, dict | list) else value
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """Columns under their names, numbers to the right, times in UTC."""
+    if not rows:
+        return
+    names = list(rows[0])
+    cells = [[name.removesuffix("_s") if name == "start_s" else name for name in names]]
+    cells += [[_cell(name, row[name]) for name in names] for row in rows]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
+    is_number = [all(_NUMBER.fullmatch(line[column]) for line in cells[1:]) for column in range(len(names))]
+    for line in cells:
+        columns = zip(line, widths, is_number, strict=True)
+        print("  ".join(text.rjust(width) if number else text.ljust(width) for text, width, number in columns).rstrip())
+
+
+def _cell(name: str, value: Any) -> str:
+    if name == "start_s":
+        return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%dT%H:%MZ")
+    return "-" if value is None else str(value)
 
 
 def plain(value: Any) -> Any:

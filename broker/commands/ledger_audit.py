@@ -2,12 +2,10 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from broker.commands.common import DONE, FAILED, add_command, plain, print_csv, print_row
+from broker.commands.common import DONE, FAILED, add_command, plain, print_csv, print_row, print_table
 
 _TABLES: Final = ("sources", "devices", "parties", "deliveries", "closes")
 
@@ -51,29 +49,9 @@ def _ledger_audit(options: argparse.Namespace) -> int:
             for row in rows:
                 print_row(row, as_json=True)
         else:
-            _print_table(rows)
+            print_table(rows)
     for fault in audit.faults:
         print(f"{options.path}: {fault}", file=sys.stderr)
     if audit.faults:
         print(f"{options.path}: the books do not balance; run `energy-broker ledger verify` on it", file=sys.stderr)
     return FAILED if audit.faults else DONE
-
-
-def _print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """Columns under their names, numbers to the right, times in UTC."""
-    if not rows:
-        return
-    names = list(rows[0])
-    cells = [[name.removesuffix("_s") if name == "start_s" else name for name in names]]
-    cells += [[_cell(name, row[name]) for name in names] for row in rows]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
-    is_number = [type(rows[0][name]) is int and name != "start_s" for name in names]
-    for line in cells:
-        columns = zip(line, widths, is_number, strict=True)
-        print("  ".join(text.rjust(width) if number else text.ljust(width) for text, width, number in columns).rstrip())
-
-
-def _cell(name: str, value: Any) -> str:
-    if name == "start_s":
-        return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%dT%H:%MZ")
-    return "-" if value is None else str(value)

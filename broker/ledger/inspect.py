@@ -159,6 +159,13 @@ def genesis(path: Path) -> Genesis:
         return _genesis(store)
 
 
+def height(path: Path) -> int:
+    """The height of the last block; 0 before the first."""
+    with opened(path) as store:
+        last = store.last_block()
+        return 0 if last is None else last[0]
+
+
 def blocks(path: Path) -> Iterator[BlockLine]:
     """All blocks by height."""
     with opened(path) as store:

@@ -325,6 +325,10 @@ class BrokerStore:
         if not self._db.in_transaction:
             self._db.execute("BEGIN IMMEDIATE")
 
+    def begin_reading(self) -> None:
+        """Read all up to `commit` from one moment; nobody else is held up."""
+        self._db.execute("BEGIN")
+
     def commit(self) -> None:
         """Make everything since `begin` durable."""
         if self._db.in_transaction:
@@ -507,6 +511,17 @@ class BrokerStore:
         rows = self._db.execute("SELECT * FROM message WHERE kind = ? ORDER BY start_s, meter", (int(kind),))
         return (_message_row(row) for row in rows)
 
+    def demanded_wh(self, meter: str, since_s: int, until_s: int) -> int:
+        """Wh that a consumer demanded for the intervals that begin in `[since_s, until_s)`, by the newest revisions."""
+        row = self._db.execute(
+            "SELECT coalesce(sum(said.energy_wh), 0) FROM interval CROSS JOIN message AS said"
+            " ON said.start_s = interval.start_s AND said.meter = ? AND said.kind = 2"
+            " WHERE interval.start_s >= ? AND interval.start_s < ? AND said.revision = (SELECT max(revision)"
+            " FROM message WHERE start_s = said.start_s AND meter = said.meter AND kind = 2)",
+            (meter, since_s, until_s),
+        ).fetchone()
+        return int(row[0])
+
     def message_count(self, start_s: int) -> int:
         """How many meters have reported that interval."""
         row = self._db.execute("SELECT count(*) FROM message WHERE start_s = ? AND revision = 0", (start_s,)).fetchone()
@@ -549,6 +564,16 @@ class BrokerStore:
 
     def all_deliveries(self) -> Iterator[DeliveryRow]:
         rows = self._db.execute("SELECT * FROM delivery ORDER BY start_s, meter, sequence")
+        return (DeliveryRow(*row) for row in rows)
+
+    def committed_deliveries(self, since_s: int, until_s: int) -> Iterator[DeliveryRow]:
+        """What the ledger has of deliveries to demands of `[since_s, until_s)`."""
+        rows = self._db.execute(
+            "SELECT given.* FROM delivery AS given JOIN batch ON batch.number = given.batch"
+            f" WHERE given.start_s >= ? AND given.start_s < ? AND batch.state = {int(WorkState.COMMITTED)}"
+            " ORDER BY given.start_s, given.meter, given.sequence",
+            (since_s, until_s),
+        )
         return (DeliveryRow(*row) for row in rows)
 
     def deliveries_of_batch(self, start_s: int, batch: int) -> list[DeliveryRow]:

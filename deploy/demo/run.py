@@ -5,8 +5,8 @@
 Everything runs as a process of its own on this machine: a mosquitto, two brokers (one hosts the ledger, or four
 validators keep it, of which one loses its power on the way), an agent for each meter, and a street of meters that are
 simulated only at the wire. `scenario.py` says who takes part. Keys, genesis
-and contracts are made afresh. Results go to `--out`: summary.json, ledger/, trust.json. Exit codes: 0 all of it ran and
-the ledger verifies, 1 not, 2 wrong usage or something missing on this machine.
+and contracts are made afresh. Results go to `--out`: summary.json, statements/, ledger/, trust.json. Exit codes: 0 all
+of it ran and the ledger verifies, 1 not, 2 wrong usage or something missing on this machine.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from dengen_testing.conductor import ConductorStalled
 from dengen_testing.market import CommandFailed, Market, MarketPlan, Workspace, build_market, energy_broker
 from dengen_testing.mosquitto import Mosquitto, MosquittoMissing
 from dengen_testing.processes import ProcessEnded
+from dengen_testing.statements import write_statements
 from dengen_testing.waiting import WaitedTooLong
 from scenario import INTERVALS, demo_plan
 from table import progress_line, summary_table
@@ -95,16 +96,17 @@ def _run(plan: MarketPlan, folder: Path, out: Path, started_s: float, *, serve: 
         shutil.copytree(workspace.ledger, out / "ledger")
         workspace = replace(workspace, ledger=out / "ledger")
     summary = summarize(workspace, "cometbft" if plan.validators else "embedded", time.monotonic() - started_s)
+    write_statements(workspace, out / "statements")
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(summary_table(summary))
-    print(f"results        {out}/summary.json, {out}/ledger, {out}/trust.json")
+    print(f"results        {out}/summary.json, {out}/statements, {out}/ledger, {out}/trust.json")
     return summary
 
 
 def _clear(out: Path) -> None:
     """Remove what an earlier run left, and nothing else."""
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("ledger", "logs", "certificates"):
+    for name in ("ledger", "logs", "certificates", "statements"):
         shutil.rmtree(out / name, ignore_errors=True)
     for name in ("summary.json", "trust.json"):
         (out / name).unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,36 @@ def test_the_neighbour_helps_every_day_and_the_ledger_shows_each_step(demo: Demo
         assert delivered_at >= transfer["height"]
     assert demo.summary["neighbour_transfers"] == len(bought)
     assert demo.summary["neighbour_wh"] == sum(transfer["to_wh"] - transfer["from_wh"] for transfer in bought)
+
+
+def test_the_weeks_statements_balance_to_the_micro_over_all_parties(demo: Demo) -> None:
+    statements = {path.stem: json.loads(path.read_text()) for path in (demo.out / "statements").glob("*.json")}
+    purse: Counter[str] = Counter()
+    between: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for name, statement in statements.items():
+        if name.endswith("-own"):
+            continue
+        for account in statement["accounts"]:
+            payer, payee = account["payer"], account["payee"]
+            assert sum(line["amount_micro"] for line in account["lines"]) == account["amount_micro"]
+            if statement["party"] in demo.summary["brokers"]:
+                between.setdefault((payer, payee), []).append((account["energy_wh"], account["amount_micro"]))
+                if account["flow"] == "bought":
+                    continue  # The seller's statement has it, too, and money moves once.
+            purse[payer] -= account["amount_micro"]
+            purse[payee] += account["amount_micro"]
+    assert sum(purse.values()) == 0
+    assert purse["home-summer"] < 0
+    assert all(len(said) == 2 and said[0] == said[1] for said in between.values())
+    assert sum(said[0][0] for said in between.values()) == demo.summary["neighbour_wh"]
+    for broker in demo.summary["brokers"]:
+        totals = statements[f"{broker}-own"]["totals"]
+        assert purse[broker] == totals["passed_on_micro"] - totals["bought_micro"]
+        assert totals["bought_wh"] == totals["passed_on_wh"] + totals["kept_wh"]
+    for entry in demo.summary["consumers"]:
+        statement = statements[f"{entry['broker']}-consumer-{entry['meter']}"]
+        assert statement["unmatched_wh"] == entry["unmatched_wh"]
+        assert statement["accounts"][0]["energy_wh"] == sum(entry["delivered_wh"].values())
 
 
 def asset_of(asset: dict[str, Any]) -> tuple[str, int]:
