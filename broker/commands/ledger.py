@@ -47,9 +47,16 @@ def add_commands(commands: Any) -> None:
         "--conductor", metavar="NAME=KEY", help="makes it a simulated ledger whose time this one ticks"
     )
     trust = add_command(
-        group, "trust", "Print the trust file (ledger id and public keys) of a genesis file.", _ledger_trust
+        group, "trust", "Print a ledger's trust file: its id, and the public keys of those to believe.", _ledger_trust
     )
-    trust.add_argument("--genesis", type=Path, required=True, metavar="FILE", help="the ledger's genesis file")
+    source = trust.add_mutually_exclusive_group(required=True)
+    source.add_argument("--genesis", type=Path, metavar="FILE", help="the ledger's genesis file")
+    source.add_argument(
+        "--path",
+        type=Path,
+        metavar="DIR",
+        help="the ledger's directory: names its validators as of now; run `ledger verify` on it before",
+    )
     ledger_verify.add_commands(group)
     ledger_compare.add_commands(group)
     show = add_command(group, "show", "Print what stands on a ledger.", _ledger_show)
@@ -107,9 +114,11 @@ def _ledger_genesis(options: argparse.Namespace) -> int:
 
 
 def _ledger_trust(options: argparse.Namespace) -> int:
+    from broker.ledger.inspect import trust_now
     from broker.ledger.trust import trust_of
 
-    print(json.dumps(trust_of(load_genesis(options.genesis)), indent=2, sort_keys=True))
+    trust = trust_of(load_genesis(options.genesis)) if options.path is None else trust_now(options.path)
+    print(json.dumps(trust, indent=2, sort_keys=True))
     return DONE
 
 

@@ -123,7 +123,9 @@ def _operations(proof: OperationsProof, checkpoint: Checkpoint, validator: str) 
 @contextmanager
 def _prover(path: Path) -> Iterator[tuple["Prover", Trust]]:
     """A prover over the ledger directory and what its own genesis says to trust; an engine may run on it meanwhile."""
+    from broker.ledger.opening import charter_of
     from broker.ledger.proving import Prover
+    from broker.ledger.rules.validators import validators_now
     from broker.ledger.store import FILE_NAME, LedgerError, Store
 
     if not (path / FILE_NAME).is_file():
@@ -132,7 +134,8 @@ def _prover(path: Path) -> Iterator[tuple["Prover", Trust]]:
     try:
         with store.snapshot():
             genesis = Genesis.from_bytes(store.meta("genesis") or b"")
-            yield Prover(store, genesis.ledger), read_trust(json.dumps(trust_of(genesis)))
+            now = validators_now(store, charter_of(genesis))
+            yield Prover(store, genesis.ledger), read_trust(json.dumps(trust_of(genesis, now)))
     except (sqlite3.Error, IndexError, ValueError) as error:
         raise LedgerError(path, f"cannot be read: {error}; run `energy-broker ledger verify` on it") from error
     finally:

@@ -7,22 +7,42 @@ The feed is the truth. A batch counts as committed when it stands in a verified 
 refusal is final only in that the client stops resending (`submit` the same bytes again where the reason was passing).
 Blocks are taken in height by height: each must be signed by a validator and name the one before. What is missing is
 fetched, what comes twice is passed over.
+
+Who the validators are begins with the genesis. Changes come with the blocks; those from before the client began (or
+while it was away) are asked for at the start, and whenever something comes under an unknown key. Either way a change
+counts for the registrars' signatures that it carries (`validator_set`), not for who hands it over.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import Final
 
-from broker.ledger.chain import block_id_of, genesis_hash, validators_of
+from broker.ledger.chain import block_id_of, genesis_hash
 from broker.ledger.engine import BUSY
 from broker.ledger.holding import Holding, decode_holding
-from broker.ledger.limits import MAX_EARLY_BLOCKS, MAX_PENDING_BATCHES, RESEND_AFTER_S, RESEND_TO_NEW_NODE_S
-from broker.ledger.operations import Operation, OperationCode, decode_operation, operation_code
+from broker.ledger.limits import (
+    MAX_EARLY_BLOCKS,
+    MAX_PENDING_BATCHES,
+    MAX_PROOF_REQUESTS,
+    PROOF_TIMEOUT_S,
+    RESEND_AFTER_S,
+    RESEND_TO_NEW_NODE_S,
+)
+from broker.ledger.operations import Operation, OperationCode, SetValidator, decode_operation, operation_code
+from broker.ledger.proofs import ConsistencyProof, OperationsProof, read_proof
+from broker.ledger.receipts import verify_checkpoint
+from broker.ledger.rules.validators import first_set, signers_of
+from broker.ledger.state import ValidatorsRow
+from broker.ledger.trust import Trust
+from broker.ledger.validator_set import changes_in, sequence_of, sets_after
 from broker.ledger.witness import Equivocation, Watch, statement_of
 from broker.protocol import envelope
-from broker.protocol.errors import MalformedMessage, ProtocolError
-from broker.protocol.keys import PrivateKey
+from broker.protocol.envelope import Signer
+from broker.protocol.errors import MalformedMessage, ProtocolError, UnknownKey
+from broker.protocol.keys import PrivateKey, public_key_from_cose
 from broker.protocol.messages import (
+    MESSAGE_CLASSES,
     REQUEST_ID_BYTES,
     Batch,
     Block,
@@ -36,6 +56,9 @@ from broker.protocol.messages import (
     ResultStatus,
     Witness,
 )
+
+_NO_VALIDATOR: Final = ""
+"""The sender of what a party's own node says that is no validator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +112,33 @@ class ForeignBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class OperationProven:
+    """The answer to `prove_operation`, checked: the operation stands on the ledger under `checkpoint`."""
+
+    request_id: bytes
+    proof: OperationsProof
+    checkpoint: Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class ConsistencyProven:
+    """The answer to `prove_consistency`, checked: the ledger at `newer` goes on from `older`."""
+
+    request_id: bytes
+    proof: ConsistencyProof
+    older: Checkpoint
+    newer: Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class NotProven:
+    """There is no proof: the ledger says so (`answered`), or nobody gave a sound one in time."""
+
+    request_id: bytes
+    answered: bool
+
+
+@dataclass(frozen=True, slots=True)
 class BlockApplied:
     """All events of block `height` have been given."""
 
@@ -108,11 +158,21 @@ class LedgerFault:
     evidence: Equivocation | None = None
 
 
-Event = HoldingsLoaded | BatchCommitted | BatchRefused | ForeignBatch | BlockApplied | LedgerFault
+Event = (
+    HoldingsLoaded
+    | BatchCommitted
+    | BatchRefused
+    | ForeignBatch
+    | OperationProven
+    | ConsistencyProven
+    | NotProven
+    | BlockApplied
+    | LedgerFault
+)
 
 
 class TooManyPending(Exception):
-    """The party has too many unanswered batches; wait for answers before submitting more."""
+    """The party has too many unanswered batches or requests for proofs; wait for answers before it makes more."""
 
 
 class _Phase(Enum):
@@ -140,6 +200,18 @@ class _Asked:
     sent_s: float | None = None
 
 
+@dataclass(slots=True)
+class _Wanted:
+    """A question beside the following of blocks: for a proof, or for changes of validators."""
+
+    query: Query
+    older: bytes | None = None
+    """Of a proof of consistency: the older sealed checkpoint."""
+    sent_s: float | None = None
+    until_s: float | None = None
+    """When it is given up, None before it was sent first."""
+
+
 class LedgerClient:
     """Follows ledger `genesis` for `party`, which signs its queries with `key`.
 
@@ -163,7 +235,15 @@ class LedgerClient:
         self._party = party
         self._key = key
         self._random_bytes = random_bytes
-        self._validators = validators_of(genesis)
+        self._genesis_hash = genesis_hash(genesis)
+        self._registrars = {
+            signer.key.key_id: signer
+            for signer in (Signer(named.name, public_key_from_cose(named.key)) for named in genesis.registrars)
+        }
+        self._set = first_set(genesis.validators)
+        self._validators = signers_of(self._set)
+        self._sealers = dict(self._validators)
+        """Everybody who was a validator at some time. Old blocks carry their seals."""
         self._pending: dict[bytes, _Pending] = {}
         self._own_raw: dict[bytes, bytes] = {}
         self._events: list[Event] = []
@@ -171,7 +251,7 @@ class LedgerClient:
         self._holdings: list[Holding] = []
         self._holdings_from_s = holdings_from_s
         self._holdings_height: int | None = None
-        self._height, self._block_id = resume if resume is not None else (0, genesis_hash(genesis))
+        self._height, self._block_id = resume if resume is not None else (0, self._genesis_hash)
         self._resumes = resume is not None
         self._awaited: HoldingsLoaded | None = None
         self._known_height = 0
@@ -181,7 +261,9 @@ class LedgerClient:
         self._convicted = False
         self._node_came_up = False
         self._asked: _Asked | None = None
+        self._wanted: dict[bytes, _Wanted] = {}
         self._phase = _Phase.LOADING if load_holdings else _Phase.FOLLOWING
+        self._ask_validators()
         if load_holdings:
             self._ask(QueryKind.HOLDINGS)
         else:
@@ -227,6 +309,22 @@ class LedgerClient:
             self._own_raw[raw_batch] = batch_id
         return batch_id
 
+    def prove_operation(self, leaf: int) -> bytes:
+        """Ask for the proof of the operation at that place among all, from 0; returns what its event is known by.
+
+        The event is an OperationProven or a NotProven. Raises TooManyPending.
+        """
+        return self._want_proof(QueryKind.OPERATION, leaf, None)
+
+    def prove_consistency(self, older: bytes) -> bytes:
+        """Ask for the proof that the ledger goes on from a sealed checkpoint; returns what its event is known by.
+
+        The event is a ConsistencyProven or a NotProven. Raises TooManyPending, and ProtocolError where no validator
+        signed that checkpoint.
+        """
+        checkpoint, _ = verify_checkpoint(older, self._trust)
+        return self._want_proof(QueryKind.CONSISTENCY, checkpoint.tree_size, older)
+
     def events(self) -> list[Event]:
         """What has happened since the last call, in the order of the ledger."""
         events, self._events = self._events, []
@@ -238,8 +336,7 @@ class LedgerClient:
         """The link is up, perhaps anew: everything unanswered is due at once."""
         for pending in self._pending.values():
             pending.sent_s = None
-        if self._asked is not None:
-            self._asked.sent_s = None
+        self._ask_again()
 
     def tick(self, now_s: float) -> list[bytes]:
         """What to publish on the `submit` topic now; call it after messages and at least once a second.
@@ -253,27 +350,46 @@ class LedgerClient:
             if pending.sent_s is None or now_s - pending.sent_s >= resend_after_s:
                 pending.sent_s = now_s
                 outgoing.append(pending.raw)
+        for request_id, wanted in list(self._wanted.items()):
+            if wanted.until_s is None:
+                wanted.until_s = now_s + PROOF_TIMEOUT_S
+            elif now_s >= wanted.until_s and wanted.query.kind is not QueryKind.VALIDATORS:
+                del self._wanted[request_id]
+                self._events.append(NotProven(request_id, answered=False))
+                continue
+            if wanted.sent_s is None or now_s - wanted.sent_s >= resend_after_s:
+                wanted.sent_s = now_s
+                outgoing.append(self._sealed(wanted.query))
+        # After the question who the validators are, so that the answer to this one is understood.
         asked = self._asked
         if asked is not None and (asked.sent_s is None or now_s - asked.sent_s >= resend_after_s):
             asked.sent_s = now_s
-            outgoing.append(envelope.seal(asked.query, self._key, self._ledger, self._party))
+            outgoing.append(self._sealed(asked.query))
         return outgoing
 
-    def on_message(self, leaf: str, payload: bytes) -> None:
+    def on_message(self, leaf: str, payload: bytes, own_node: bool = False) -> None:
         """Take in a message of the ledger. `leaf` is `feed`, `result` or `checkpoint`.
 
+        `own_node`: it comes from this party's own node, past any network. Such a node need not be a validator; its
+        blocks must fit the chain all the same, but convince nobody else.
         Raises ProtocolError for what no validator of this ledger signed; nothing has changed then. Log it.
         """
-        opened = envelope.open_envelope(
-            payload, self._ledger, self._answerer if leaf == "result" else self._validators.get
-        )
+        try:
+            if leaf == "result":
+                opened = self._open_answer(payload)
+            else:
+                opened = self._open_block(payload, self._validators, own_node)
+        except UnknownKey:
+            # Perhaps of a validator that was added while this client was not looking.
+            self._ask_validators()
+            raise
         message = opened.message
         if leaf == "feed" and isinstance(message, Block):
             self._on_block(opened)
         elif leaf == "result" and isinstance(message, Result):
             self._on_result(message)
         elif leaf == "result" and isinstance(message, Page):
-            self._on_page(message)
+            self._on_page(message, own_node)
         elif leaf == "checkpoint" and isinstance(message, Checkpoint):
             self._on_checkpoint(message, opened)
         else:
@@ -289,7 +405,11 @@ class LedgerClient:
         if parsed.message_type is not MessageType.WITNESS:
             raise MalformedMessage("ledger witness", f"a witness, got a {parsed.message_type.name.lower()}")
         sealed = Witness.from_payload(parsed.payload).checkpoint
-        opened = envelope.open_envelope(sealed, self._ledger, self._validators.get)
+        try:
+            opened = envelope.open_envelope(sealed, self._ledger, self._validators.get)
+        except UnknownKey:
+            self._ask_validators()
+            raise
         if not isinstance(opened.message, Checkpoint):
             raise MalformedMessage("ledger witness", "a sealed checkpoint inside")
         self._compare(opened.message, opened)
@@ -311,6 +431,120 @@ class LedgerClient:
             return envelope.Signer(self._party, self._key.public)
         return self._validators.get(key_id)
 
+    def _sealed(self, query: Query) -> bytes:
+        return envelope.seal(query, self._key, self._ledger, self._party)
+
+    def _ask_again(self) -> None:
+        """Everything that was asked is due at once."""
+        if self._asked is not None:
+            self._asked.sent_s = None
+        for wanted in self._wanted.values():
+            wanted.sent_s = None
+
+    def _open_answer(self, payload: bytes) -> envelope.Opened:
+        try:
+            return envelope.open_envelope(payload, self._ledger, self._answerer)
+        except UnknownKey:
+            parsed = envelope.parse(payload)
+            if parsed.message_type is not MessageType.PAGE:
+                raise
+            page = Page.from_payload(parsed.payload)
+            wanted = self._wanted.get(page.request_id)
+            if (
+                wanted is None
+                or wanted.query.kind is not QueryKind.VALIDATORS
+                or page.kind is not wanted.query.kind
+                or not page.entries
+            ):
+                raise
+            # Changes carry the registrars' signatures. They may be what makes the signer of this very page a validator.
+            self._take_changes(page)
+            return envelope.open_envelope(payload, self._ledger, self._answerer)
+
+    def _open_block(self, raw: bytes, signers: Mapping[bytes, Signer], own_node: bool) -> envelope.Opened:
+        """A block or checkpoint that one of `signers` sealed; from the party's own node also under another seal."""
+        parsed = envelope.parse(raw)
+        if not own_node or parsed.key_id in signers:
+            return envelope.open_envelope(raw, self._ledger, signers.get)
+        message = MESSAGE_CLASSES[parsed.message_type].from_payload(parsed.payload)
+        return envelope.Opened(message, _NO_VALIDATOR, envelope.message_id(parsed, self._ledger, ""), raw, b"")
+
+    # --- proofs, and who the validators are
+
+    @property
+    def _trust(self) -> Trust:
+        return Trust.of(self._ledger, self._genesis_hash, self._set, self._registrars)
+
+    def _want_proof(self, kind: QueryKind, place: int, older: bytes | None) -> bytes:
+        if self._phase is _Phase.STOPPED or len(self._wanted) >= MAX_PROOF_REQUESTS:
+            raise TooManyPending(f"{MAX_PROOF_REQUESTS} proofs are asked of ledger {self._ledger}, or it has a fault")
+        query = Query(self._random_bytes(REQUEST_ID_BYTES), kind, place=place)
+        self._wanted[query.request_id] = _Wanted(query, older)
+        return query.request_id
+
+    def _ask_validators(self) -> None:
+        """Ask for the changes after the set that is known here, unless that is asked already."""
+        if self._phase is not _Phase.STOPPED and not any(
+            wanted.query.kind is QueryKind.VALIDATORS for wanted in self._wanted.values()
+        ):
+            query = Query(self._random_bytes(REQUEST_ID_BYTES), QueryKind.VALIDATORS, place=self._set.sequence)
+            self._wanted[query.request_id] = _Wanted(query)
+
+    def _on_wanted(self, wanted: _Wanted, page: Page) -> None:
+        """An answer about validators or a proof. Raises ProtocolError if it does not hold; the question stands then."""
+        request_id = page.request_id
+        if page.kind is QueryKind.VALIDATORS:
+            self._take_changes(page)
+            return
+        if not page.entries:
+            del self._wanted[request_id]
+            self._events.append(NotProven(request_id, answered=True))
+            return
+        if page.kind is QueryKind.OPERATION:
+            proof = read_proof(page.entries[0])
+            if not isinstance(proof, OperationsProof) or [leaf for leaf, _ in proof.operations] != [wanted.query.place]:
+                raise MalformedMessage("ledger result", "the proof of the operation that was asked for")
+            checkpoint, _ = proof.check(self._trust)
+            sealed = proof.checkpoint
+            event: Event = OperationProven(request_id, proof, checkpoint)
+        else:
+            assert wanted.older is not None
+            if len(page.entries) != 2:
+                raise MalformedMessage("ledger result", "a sealed checkpoint and a receipt")
+            goes_on = ConsistencyProof(self._ledger, wanted.older, *page.entries)
+            older, newer = goes_on.check(self._trust)
+            checkpoint, sealed = newer, goes_on.newer
+            event = ConsistencyProven(request_id, goes_on, older, newer)
+        del self._wanted[request_id]
+        self._events.append(event)
+        # What is proven is worth nothing if it is another history than the one followed here.
+        self._compare(checkpoint, envelope.open_envelope(sealed, self._ledger, self._validators.get))
+
+    def _take_changes(self, page: Page) -> None:
+        """Changes of validators, whoever hands them over. Raises ProtocolError if they do not hold."""
+        self._adopt(sets_after(self._set, page.entries, self._ledger, self._registrars))
+        del self._wanted[page.request_id]
+        if page.entries:
+            self._ask_validators()  # Perhaps there are more than one page holds.
+
+    def _adopt(self, sets: Sequence[ValidatorsRow]) -> None:
+        for row in sets:
+            self._set, self._validators = row, signers_of(row)
+            self._sealers |= self._validators
+
+    def _changes_in(self, batches: Iterable[bytes]) -> list[ValidatorsRow]:
+        """The sets that the changes of validators in a block lead to. Raises ProtocolError for unsound ones."""
+        changes = changes_in(batches)
+        if not changes:
+            return []
+        first = decode_operation(changes[0])
+        assert isinstance(first, SetValidator)
+        if sequence_of(first) > self._set.sequence + 1:
+            # The changes before it stand in blocks that this client has not seen.
+            self._ask_validators()
+            return []
+        return sets_after(self._set, changes, self._ledger, self._registrars)
+
     def _on_result(self, result: Result) -> None:
         pending = self._pending.get(result.batch_id)
         if pending is None:
@@ -320,9 +554,9 @@ class LedgerClient:
             if self._phase is _Phase.FOLLOWING:
                 self._settle_past()
                 self._learn_height(pending.height)
-            elif self._asked is not None:
+            else:
                 # A registration may just have made this party known to the ledger, so what was asked is asked again.
-                self._asked.sent_s = None
+                self._ask_again()
             return
         self._forget(pending)
         reason = result.reason or "refused without a reason"
@@ -354,7 +588,7 @@ class LedgerClient:
 
     def _note(self, opened: envelope.Opened, reason: str) -> bool:
         """Hold a validator's statement against the others; False if that has stopped this client, for `reason`."""
-        statement = statement_of(opened)
+        statement = None if opened.sender == _NO_VALIDATOR else statement_of(opened)
         evidence = None if statement is None else self._watch.note(statement)
         if statement is not None and evidence is not None:
             self._stop(statement.height, reason, evidence)
@@ -366,7 +600,8 @@ class LedgerClient:
             if self._convicted:
                 self._witnessed = opened.raw
             return
-        self._offered[checkpoint.height] = opened.raw
+        if opened.sender != _NO_VALIDATOR:
+            self._offered[checkpoint.height] = opened.raw
         while len(self._offered) > MAX_EARLY_BLOCKS:
             del self._offered[min(self._offered)]
         self._witness()
@@ -389,7 +624,11 @@ class LedgerClient:
         if self._phase is _Phase.FOLLOWING and self._known_height > self._height and self._asked is None:
             self._ask(QueryKind.BLOCKS, from_height=self._height + 1)
 
-    def _on_page(self, page: Page) -> None:
+    def _on_page(self, page: Page, own_node: bool) -> None:
+        wanted = self._wanted.get(page.request_id)
+        if wanted is not None and page.kind is wanted.query.kind:
+            self._on_wanted(wanted, page)
+            return
         asked = self._asked
         if asked is None or page.request_id != asked.query.request_id or page.kind is not asked.query.kind:
             return
@@ -400,7 +639,8 @@ class LedgerClient:
             self._on_holdings(page)
             return
         # While these blocks are taken in, the question stands, so that none of them asks for the next one.
-        blocks = [envelope.open_envelope(raw, self._ledger, self._validators.get) for raw in page.entries]
+        # Who has sealed the page now stands for blocks under seals of former validators.
+        blocks = [self._open_block(raw, self._sealers, own_node) for raw in page.entries]
         for opened in blocks:
             self._on_block(opened)
         self._asked = None
@@ -514,10 +754,12 @@ class LedgerClient:
             self._stop(block.height, reason)
             return
         try:
+            sets = self._changes_in(block.batches)
             decoded = [None if raw in self._own_raw else self._decoded(raw, block.height) for raw in block.batches]
         except ProtocolError as error:
             self._stop(block.height, f"a signed block carries a batch that is none: {error}")
             return
+        self._adopt(sets)
         for raw, event in zip(block.batches, decoded, strict=True):
             if event is not None:
                 # Under another signature of ours it is still the same batch.
@@ -558,4 +800,8 @@ class LedgerClient:
         if self._convicted and self._offered:
             self._witnessed = self._offered[max(self._offered)]
         self._asked = None
+        for request_id, wanted in self._wanted.items():
+            if wanted.query.kind is not QueryKind.VALIDATORS:
+                self._events.append(NotProven(request_id, answered=False))
+        self._wanted = {}
         self._events.append(LedgerFault(height, reason, evidence))

@@ -4,11 +4,14 @@ import fcntl
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from broker.ledger.chain import Head, block_id_of, first_head
 from broker.ledger.merkle import node_position
+from broker.ledger.opening import charter_of
 from broker.ledger.store import FILE_NAME, FORMAT, LOCK_NAME, LedgerError, Store
+from broker.ledger.validator_set import signers_ever
 from broker.ledger.wal import log_fault
 from broker.protocol import envelope
 from broker.protocol.envelope import Signer
@@ -66,10 +69,13 @@ def opened_store(path: Path, genesis: Genesis) -> Store:
     return Store.create(file, genesis.to_bytes(), first_head(genesis))
 
 
-def checked_head(path: Path, store: Store, genesis: Genesis, signers: Mapping[bytes, Signer]) -> Head:
-    """The stored head, once it agrees with genesis and last block, which one of `signers` must have sealed.
+def checked_head(
+    path: Path, store: Store, genesis: Genesis, sealers: Mapping[bytes, Signer] = MappingProxyType({})
+) -> Head:
+    """The stored head, once it agrees with genesis and last block.
 
-    Raises LedgerError; `verify_ledger` checks all.
+    Somebody who was a validator at some time must have sealed that, or one of `sealers`. Raises LedgerError;
+    `verify_ledger` checks all.
     """
     if store.meta("format") != bytes((FORMAT,)):
         raise LedgerError(path, f"not of format {FORMAT}; it was made by another version of this program")
@@ -84,6 +90,7 @@ def checked_head(path: Path, store: Store, genesis: Genesis, signers: Mapping[by
                 raise LedgerError(path, f"the head says height {head.height}, but there are no blocks; {_RESTORE}")
             return head
         height, block_id, raw = last
+        signers = {**sealers, **signers_ever(store, charter_of(genesis))}
         opened = envelope.open_envelope(raw, genesis.ledger, signers.get)
     except (ProtocolError, ValueError) as error:
         raise LedgerError(path, f"the head does not hold: {error}; {_RESTORE}") from error

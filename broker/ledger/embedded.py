@@ -10,7 +10,7 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from broker.ledger.chain import Head, Step, genesis_hash, validators_of
+from broker.ledger.chain import Head, Step, genesis_hash
 from broker.ledger.directory import checked_head, locked, opened_store
 from broker.ledger.engine import BUSY, ClientResult, Committed
 from broker.ledger.faults import RuleViolation
@@ -25,7 +25,8 @@ from broker.ledger.limits import (
 from broker.ledger.opening import Charter, OpenedBatch, RefusedBatch, charter_of, open_batch, party_signer
 from broker.ledger.proving import prove
 from broker.ledger.receipts import SignedHead, sign_head
-from broker.ledger.rules import keys_read
+from broker.ledger.rules import keys_read, validators_now
+from broker.ledger.state import State
 from broker.ledger.store import FILE_NAME, SIGNED_HEAD, LedgerError
 from broker.ledger.trust import issuer_of
 from broker.protocol import envelope
@@ -38,8 +39,8 @@ from broker.protocol.messages import Block, Genesis, QueryKind, Result, ResultSt
 class EmbeddedLedger:
     """A ledger in the directory `path`, made there if it does not exist yet.
 
-    `validator_name` and `validator_key` sign blocks and must be among the genesis' validators. Raises LedgerError if
-    the directory is in use, belongs to another genesis, or does not pass the start-up check.
+    `validator_name` and `validator_key` sign blocks and must be a validator's as of now. Raises LedgerError if the
+    directory is in use, belongs to another genesis, or does not pass the start-up check.
     """
 
     def __init__(self, path: Path, genesis: Genesis, validator_name: str, validator_key: PrivateKey) -> None:
@@ -50,15 +51,13 @@ class EmbeddedLedger:
         self._validator_key = validator_key
         self._queue: list[OpenedBatch] = []
         self._queued_bytes = 0
-        if not any(
-            named.name == validator_name and named.key == validator_key.public.cose_key for named in genesis.validators
-        ):
-            raise LedgerError(path, f"{validator_name} with this key is no validator of ledger {genesis.ledger}")
         path.mkdir(parents=True, exist_ok=True)
         self._lock = locked(path)
         try:
             self._store = opened_store(path, genesis)
-            self._head = checked_head(path, self._store, genesis, validators_of(genesis))
+            self._head = checked_head(path, self._store, self._genesis)
+            if not self._seals(self._store):
+                raise LedgerError(path, f"{validator_name} with this key is no validator of ledger {genesis.ledger}")
         except (sqlite3.Error, LedgerError) as error:
             os.close(self._lock)
             if isinstance(error, LedgerError):
@@ -129,6 +128,12 @@ class EmbeddedLedger:
             for batch in self._queue:
                 height = heights.get(batch.batch_id) or self._store.height_of(batch.batch_id)
                 if height is None:
+                    if not waiting and not self._seals(step.state):
+                        reason = f"{BUSY}: {self._validator_name} is no validator of the ledger any more"
+                        results.append(
+                            ClientResult(batch.sender, Result(batch.batch_id, ResultStatus.REFUSED, reason=reason))
+                        )
+                        continue
                     size = len(batch.raw) + BATCH_HEAD_BYTES
                     if waiting and (waiting_bytes + size > MAX_BLOCK_BYTES or len(waiting) >= MAX_BLOCK_BATCHES):
                         blocks.append(self._sealed(step, waiting))
@@ -181,6 +186,11 @@ class EmbeddedLedger:
     def checkpoint(self) -> bytes:
         """The sealed Checkpoint of the head."""
         return self._signed.checkpoint
+
+    def _seals(self, state: State) -> bool:
+        """True if this engine's key is a validator's in that state: then it may seal the block that follows."""
+        own = self._validator_name, self._validator_key.public.cose_key
+        return any(own == row[:2] for row in validators_now(state, self._charter).validators)
 
     def _sign(self, head: Head) -> SignedHead:
         return sign_head(head.checkpoint(), self._validator_key, self.ledger, self._validator_name, self._issuer)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from broker.ledger.opening import charter_of
 from broker.ledger.operations import AssetId, Operation, Transfer, decode_operation
@@ -35,6 +36,7 @@ from broker.ledger.state import (
     table_bounds,
 )
 from broker.ledger.store import FILE_NAME, LedgerError, Store
+from broker.ledger.trust import trust_of
 from broker.protocol import envelope
 from broker.protocol.errors import ProtocolError
 from broker.protocol.messages import Batch, Block, Carrier, Genesis, KeyHolder, Order
@@ -245,6 +247,13 @@ def validators(path: Path) -> Iterator[ValidatorLine]:
         row = validators_now(store, charter_of(_genesis(store)))
         for validator in row.validators:
             yield ValidatorLine(row.sequence, *validator)
+
+
+def trust_now(path: Path) -> dict[str, Any]:
+    """The trust file of the ledger as of its head (`trust.trust_of`): its validators of now, from this height on."""
+    with opened(path) as store:
+        genesis = _genesis(store)
+        return trust_of(genesis, validators_now(store, charter_of(genesis)), store.height())
 
 
 def order_transfers(path: Path, order_id: bytes | None = None) -> Iterator[OrderTransfer]:

@@ -81,3 +81,12 @@ RESEND_TO_NEW_NODE_S: Final = 0.2
 
 MAX_WAITING_QUERIES: Final = 64
 """Queries that wait until the engine has fetched their answer from elsewhere."""
+
+MAX_CHANGES_ON_PAGE: Final = 1_024
+"""Changes of validators in one answer; a ledger sees a few in a year."""
+
+MAX_PROOF_REQUESTS: Final = 64
+"""Proofs that a client waits for at a time."""
+
+PROOF_TIMEOUT_S: Final = 60.0
+"""How long a client asks for a proof again and again: longer than a node needs to restart."""

@@ -6,11 +6,13 @@ No key is needed: the stored head carries a validator's signatures, which serve 
 from collections.abc import Iterable, Iterator
 
 from broker.ledger.chain import Head
+from broker.ledger.limits import MAX_CHANGES_ON_PAGE
 from broker.ledger.merkle import consistency_proof, hashes_from, inclusion_proof, multiproof
 from broker.ledger.opening import party_signer
-from broker.ledger.proofs import MAX_OPERATIONS, ConsistencyProof, OperationsProof, ProvenOperation
+from broker.ledger.proofs import MAX_OPERATIONS, MAX_PROOF_BYTES, ConsistencyProof, OperationsProof, ProvenOperation
 from broker.ledger.receipts import ProofFailed, SignedHead, consistency_receipt, inclusion_receipt
 from broker.ledger.store import SIGNED_HEAD, Store
+from broker.ledger.validator_set import changes_since
 from broker.protocol import envelope
 from broker.protocol.messages import Batch, Block, Checkpoint, QueryKind
 
@@ -143,12 +145,26 @@ class Prover:
             yield index, operations[index - first]
 
 
+def _first_of(changes: Iterator[bytes]) -> tuple[bytes, ...]:
+    """As many as fit a page; who asked goes on from there."""
+    found: list[bytes] = []
+    size = 0
+    for raw in changes:
+        size += len(raw)
+        if found and (size > MAX_PROOF_BYTES // 2 or len(found) == MAX_CHANGES_ON_PAGE):
+            break
+        found.append(raw)
+    return tuple(found)
+
+
 def prove(store: Store, ledger: str, kind: QueryKind, place: int) -> tuple[bytes, ...]:
     """What a party that asks over MQTT is given, as the entries of a page. Raises ProofFailed where there is no proof.
 
     OPERATION: the OperationsProof of the operation at `place`. CONSISTENCY: the sealed checkpoint of the head, and the
-    receipt that it goes on from the tree of `place` operations.
+    receipt that it goes on from the tree of `place` operations. VALIDATORS: the changes after the sequence `place`.
     """
+    if kind is QueryKind.VALIDATORS:
+        return _first_of(changes_since(store, place))
     prover = Prover(store, ledger)
     if kind is QueryKind.OPERATION:
         return (prover.operations([place]).to_bytes(),)

@@ -182,6 +182,11 @@ def verify_checkpoint(raw: bytes, trust: Trust) -> tuple[Checkpoint, str]:
     opened = envelope.open_envelope(raw, trust.ledger, trust.validators.get)
     if not isinstance(opened.message, Checkpoint):
         raise MalformedMessage("checkpoint", f"a checkpoint, got a {opened.message.TYPE.name.lower()}")
+    if opened.message.height < trust.height:
+        raise ProofFailed(
+            f"the checkpoint is of height {opened.message.height}, and the trust file says who signs from height"
+            f" {trust.height} on; use an older trust file"
+        )
     return opened.message, opened.sender
 
 

@@ -22,7 +22,7 @@ Compare the rows digest with one that a node with all blocks gives for this heig
 import os
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
@@ -32,18 +32,17 @@ from typing import Any, BinaryIO, Final
 
 from broker.database_copy import flush_directory, flush_file, new_directory
 from broker.ledger.audit import audit_store
-from broker.ledger.chain import Head, block_id_of, genesis_hash
+from broker.ledger.chain import Head, block_id_of
 from broker.ledger.merkle import peak_positions
 from broker.ledger.opening import charter_of
 from broker.ledger.receipts import SignedHead, verify_checkpoint, verify_signed_root
 from broker.ledger.rows_digest import bucket_digests, rows_digest
-from broker.ledger.rules.validators import signers_now
 from broker.ledger.state import ASSET, OWNED, AssetRow, decode_key, decode_row, table_bounds
 from broker.ledger.store import FILE_NAME, SIGNED_HEAD, LedgerError, Store
 from broker.ledger.trust import Trust
+from broker.ledger.validator_set import sets_around
 from broker.protocol import cbor, envelope
 from broker.protocol.codec import Bytes, Many, Row, Unsigned
-from broker.protocol.envelope import Signer
 from broker.protocol.errors import MalformedMessage, ProtocolError
 from broker.protocol.limits import MAX_BLOCK_BYTES, MAX_BROKER_MESSAGE_BYTES
 from broker.protocol.messages import HASH_BYTES, Block, Genesis
@@ -79,8 +78,8 @@ _MANIFEST: Final = Row(
     )
 )
 
-Seal = Callable[[bytes, Mapping[bytes, Signer]], tuple[bytes, bytes | None]]
-"""From the payload of the last block and the validators by key id: the sealed block, and the signed head if any."""
+Seal = Callable[[bytes, Trust], tuple[bytes, bytes | None]]
+"""From the payload of the last block and the validators of its height: the sealed block, and the signed head if any."""
 
 
 class SnapshotFault(Exception):
@@ -316,7 +315,7 @@ class Restoring:
             _check_block(self._payload, head)
             nodes = list(zip(peak_positions(head.tree_size), head.peaks, strict=True))
             self._check_rows()
-            sealed, signed_head = seal(self._payload, self._validators())
+            sealed, signed_head = seal(self._payload, self._trust(self._payload))
             self._store.put_base(sorted(nodes), (head.height, head.block_id, sealed), signed_head, self.manifest.digest)
         except (ProtocolError, ValueError, TypeError, sqlite3.Error) as error:
             raise SnapshotFault(f"it does not hold: {error}") from error
@@ -329,9 +328,10 @@ class Restoring:
         """Close the file, which is no ledger."""
         self._store.close()
 
-    def _validators(self) -> dict[bytes, Signer]:
-        """Who signs at that height, by key id."""
-        return signers_now(self._store, charter_of(self.manifest.genesis))
+    def _trust(self, payload: bytes) -> Trust:
+        """Who signs at that height."""
+        genesis = self.manifest.genesis
+        return Trust.at_head(genesis, *sets_around(self._store, charter_of(genesis), Block.from_payload(payload)))
 
     def _check_rows(self) -> None:
         if rows_digest(bucket_digests(self._store.state_rows())) != self.manifest.rows_digest:
@@ -428,12 +428,8 @@ def load_snapshot(snapshot: Path, file: Path) -> Manifest:
     return source.manifest
 
 
-def _sealed_by_a_validator(
-    source: SnapshotFile, payload: bytes, validators: Mapping[bytes, Signer]
-) -> tuple[bytes, bytes | None]:
-    genesis = source.manifest.genesis
-    trust = Trust(genesis.ledger, genesis_hash(genesis), validators, {})
-    envelope.open_envelope(source.sealed_block, genesis.ledger, trust.validators.get)
+def _sealed_by_a_validator(source: SnapshotFile, payload: bytes, trust: Trust) -> tuple[bytes, bytes | None]:
+    envelope.open_envelope(source.sealed_block, trust.ledger, trust.validators.get)
     if block_id_of(source.sealed_block) != sha256(payload).digest():
         raise SnapshotFault("its sealed block is another one than its last block")
     if source.signed_head is not None:

@@ -55,6 +55,8 @@ VALIDATORS: Final = 16
 MANDATED: Final = 17
 """(MANDATED, broker, start_s, device, carrier, revision) → MandatedRow, where a provider still holds a slice of what
 its own device made under that broker's mandate: an index"""
+VALIDATOR_CHANGES: Final = 18
+"""(VALIDATOR_CHANGES, sequence) → ValidatorChangeRow"""
 
 Key = tuple[Any, ...]
 
@@ -221,6 +223,12 @@ class ValidatorsRow(NamedTuple):
     validators: tuple[Validator, ...]
 
 
+class ValidatorChangeRow(NamedTuple):
+    """A change of validators as the registrars signed it, each of them one statement."""
+
+    statements: tuple[bytes, ...]
+
+
 class MandatedRow(NamedTuple):
     """Nothing beyond its key."""
 
@@ -242,6 +250,7 @@ Row = (
     | MeteredRow
     | CarryRow
     | ValidatorsRow
+    | ValidatorChangeRow
     | MandatedRow
 )
 
@@ -264,9 +273,10 @@ _ROWS: Final[Mapping[int, tuple[int, Any]]] = {
     CARRY: (3, CarryRow),
     VALIDATORS: (2, ValidatorsRow),
     MANDATED: (6, MandatedRow),
+    VALIDATOR_CHANGES: (2, ValidatorChangeRow),
 }
 
-_SCANNED: Final[Mapping[int, int]] = {APPLIED: 2, OWNED: 2, MANDATED: 2, SLICE: 5}
+_SCANNED: Final[Mapping[int, int]] = {APPLIED: 2, OWNED: 2, MANDATED: 2, SLICE: 5, VALIDATOR_CHANGES: 1}
 """table: items of the prefix with which it is scanned."""
 
 ABSENT: Final = cbor.encode(None)
@@ -315,6 +325,8 @@ def decode_row(table: int, raw: bytes) -> Row:
             items[0] = tuple([MandateSpan(*span) for span in items[0]])
         elif table == VALIDATORS:
             items[1] = tuple([Validator(*validator) for validator in items[1]])
+        elif table == VALIDATOR_CHANGES:
+            items[0] = tuple(items[0])
         row: Row = _ROWS[table][1](*items)
     except (TypeError, IndexError, KeyError) as error:
         raise ValueError(f"{raw.hex()} is no row of table {table}") from error

@@ -28,15 +28,17 @@ from broker.ledger.merkle import nodes_in
 from broker.ledger.opening import charter_of
 from broker.ledger.receipts import SignedHead, verify_checkpoint, verify_signed_root
 from broker.ledger.replay import CannotResume, HistoryFault, Replay, first_mark
-from broker.ledger.rules.validators import signers_now
+from broker.ledger.rules.validators import validators_now
 from broker.ledger.signatures import MAX_HELPERS, Helpers
 from broker.ledger.snapshot import BASE_FILE_NAME, Manifest, load_snapshot
 from broker.ledger.state import decode_key
 from broker.ledger.store import BASE, FILE_NAME, FORMAT, NETWORK, SIGNED_HEAD, LedgerError, Store
 from broker.ledger.trust import Trust
+from broker.ledger.validator_set import sets_around
 from broker.ledger.wal import log_fault
+from broker.protocol import envelope
 from broker.protocol.errors import ProtocolError
-from broker.protocol.messages import Genesis
+from broker.protocol.messages import Block, Genesis
 
 MAX_ERRORS: Final = 100
 """More errors than these say nothing new."""
@@ -279,10 +281,8 @@ class _Verification:
         """A validator's signatures of the head: only a copy that was made without a key may lack them."""
         if raw is None:
             return
-        trust = Trust(
-            self._genesis.ledger, genesis_hash(self._genesis), signers_now(derived, charter_of(self._genesis)), {}
-        )
         try:
+            trust = self._trust_at_head(derived)
             signed = SignedHead.from_bytes(raw)
             checkpoint, _ = verify_checkpoint(signed.checkpoint, trust)
             verify_signed_root(signed.root, checkpoint.root, trust)
@@ -291,6 +291,15 @@ class _Verification:
             return
         if checkpoint != head.checkpoint():
             self._errors.append(f"meta {SIGNED_HEAD}: signs height {checkpoint.height}, another head than the stored")
+
+    def _trust_at_head(self, derived: Store) -> Trust:
+        """Who may have signed the head."""
+        charter = charter_of(self._genesis)
+        last = self._stored.last_block()
+        if last is None:
+            return Trust.of(charter.ledger, genesis_hash(self._genesis), validators_now(derived, charter), {})
+        block = Block.from_payload(envelope.parse(last[2]).payload)
+        return Trust.at_head(self._genesis, *sets_around(derived, charter, block))
 
     def _compare(
         self,

@@ -139,12 +139,14 @@ class QueryKind(IntEnum):
     """HOLDINGS: all assets that the asking broker owns. BLOCKS: the ledger's blocks from a height on.
 
     OPERATION: the proof of one operation. CONSISTENCY: the proof that the ledger goes on from an earlier tree size.
+    VALIDATORS: the changes of validators after the one with that sequence, as the registrars signed them.
     """
 
     HOLDINGS = 1
     BLOCKS = 2
     OPERATION = 3
     CONSISTENCY = 4
+    VALIDATORS = 5
 
 
 class Message:
@@ -481,7 +483,7 @@ class Result(Message):
 class Query(Message):
     """A question to the ledger, answered with Pages. `cursor` is opaque and comes from the page before.
 
-    `place` is the operation's index among all, from 0, or the earlier tree size.
+    `place` is the operation's index among all, from 0, the earlier tree size, or the last known sequence of validators.
     """
 
     request_id: bytes
@@ -505,6 +507,7 @@ class Page(Message):
     """Part of an answer: `entries` are blocks (envelopes) or holdings (CBOR rows), true at `height`.
 
     Or one operations proof; or the newer sealed checkpoint and the receipt of consistency; none if it cannot be proven.
+    Or set_validator operations by ascending sequence; none if there are no later ones.
     """
 
     request_id: bytes

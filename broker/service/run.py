@@ -337,9 +337,9 @@ class BrokerService:
         except ProtocolError as error:
             LOG.warning("a message about the ledger is ignored: %s", error)
 
-    def _take_from_ledger(self, leaf: str, payload: bytes) -> None:
+    def _take_from_ledger(self, leaf: str, payload: bytes, own_node: bool = False) -> None:
         try:
-            self._client.on_message(leaf, payload)
+            self._client.on_message(leaf, payload, own_node)
         except ProtocolError as error:
             LOG.warning("a message about the ledger is ignored: %s", error)
 
@@ -415,7 +415,8 @@ class BrokerService:
             self._take_submission(raw, answers)
         answers.extend(self._gateway.commit())
         for outgoing in self._own_answers(answers):
-            self._take_from_ledger(self._topics.split(outgoing.topic)[2], outgoing.payload)
+            own_node = self._network is not None
+            self._take_from_ledger(self._topics.split(outgoing.topic)[2], outgoing.payload, own_node)
 
     def _own_answers(self, answers: list[Outgoing]) -> Iterator[Outgoing]:
         """What the ledger here says to everyone or to this broker."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from support.ledger_world import T0, Nothing, genesis, key
 
+from broker.ledger import inspect
 from broker.ledger.chain import Step, first_head
 from broker.ledger.embedded import EmbeddedLedger
 from broker.ledger.faults import RuleViolation
@@ -18,7 +19,7 @@ from broker.ledger.opening import RefusedBatch, charter_of, open_batch
 from broker.protocol.errors import ProtocolError
 from broker.protocol.messages import Admission, Carrier, Mandate, NamedKey, Registration, Role
 from model import compare
-from model.author import BROKERS, DEVICES, NODES, REGISTRARS, Author, Choices
+from model.author import ALL_KEYS, BROKERS, DEVICES, NODES, REGISTRARS, Author, Choices
 from model.ledger_model import Limits, Model, Said, SaidBatch, Say, Signed
 from model.sealing import sealed_batch
 
@@ -128,10 +129,19 @@ def assert_blocks_do_not_matter(raws: Sequence[bytes], state_hash: bytes, choice
                 _submit_or_ignore(ledger, raw)
             if choices.number(1, 4) == 1:
                 ledger.commit()
+                ledger = _with_a_validator(ledger, folder)
         ledger.commit()
         assert ledger.head.state_hash == state_hash
     finally:
         ledger.close()
+
+
+def _with_a_validator(ledger: EmbeddedLedger, folder: Path) -> EmbeddedLedger:
+    """The same ledger, run by one who is a validator now: who has gone may seal no more blocks."""
+    keys_of = {row.name: row.cose_key for row in inspect.validators(folder)}
+    name = next(name for name, cose_key in keys_of.items() if cose_key in ALL_KEYS)
+    ledger.close()
+    return EmbeddedLedger(folder, GENESIS, name, ALL_KEYS[keys_of[name]])
 
 
 def _submit_or_ignore(ledger: EmbeddedLedger, raw: bytes) -> Any:

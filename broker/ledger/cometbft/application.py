@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from broker.ledger.chain import Head, Step, genesis_hash, validators_of
+from broker.ledger.chain import Head, Step, genesis_hash
 from broker.ledger.cometbft import abci
 from broker.ledger.cometbft.buckets import Buckets
 from broker.ledger.cometbft.protobuf import Message
@@ -46,7 +46,7 @@ from broker.ledger.rules.validators import validators_now
 from broker.ledger.snapshot import SnapshotFault
 from broker.ledger.state import State, Validator
 from broker.ledger.store import FILE_NAME, NETWORK, SIGNED_HEAD, LedgerError
-from broker.ledger.trust import issuer_of
+from broker.ledger.trust import Trust, issuer_of
 from broker.protocol import cbor, envelope
 from broker.protocol.envelope import Signer
 from broker.protocol.errors import ProtocolError
@@ -230,7 +230,7 @@ class NodeApplication:
     def _open(self) -> None:
         self._store = opened_store(self._path, self._genesis)
         own = {self._key.public.key_id: Signer(self._name, self._key.public)}
-        self._head = checked_head(self._path, self._store, self._genesis, validators_of(self._genesis) | own)
+        self._head = checked_head(self._path, self._store, self._genesis, own)
         self._progress = self._read_progress()
         self._buckets = Buckets(self._store) if self._snapshot_every else None
         self._signed = self._sign(self._head)
@@ -467,7 +467,7 @@ class NodeApplication:
         """Put a whole snapshot in the place of the empty ledger. Raises SnapshotFault; the empty ledger stays then."""
         head = sync.manifest.head
 
-        def seal(payload: bytes, _: Mapping[bytes, Signer]) -> tuple[bytes, bytes]:
+        def seal(payload: bytes, _: Trust) -> tuple[bytes, bytes]:
             sealed = envelope.seal(Block.from_payload(payload), self._key, self._charter.ledger, self._name)
             return sealed_last_block(payload, sealed), self._sign(head).to_bytes()
 

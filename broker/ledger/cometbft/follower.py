@@ -512,7 +512,7 @@ def _head(node: Node) -> tuple[Head, int]:
 def _proven(node: Node, kind: QueryKind, place: int) -> Proven:
     """A node's proof. Whoever asked checks it; the node need not be believed."""
     match _decoded(node, "/prove", cbor.encode([int(kind), place])):
-        case list(entries) if len(entries) <= 2 and all(type(raw) is bytes for raw in entries):
+        case list(entries) if all(type(raw) is bytes for raw in entries):
             return Proven(tuple(entries))
     raise NodeError(node.url, "its answer to /prove is none")
 

@@ -423,7 +423,9 @@ def test_paging_goes_on_where_it_was_when_the_gateway_restarts(net: Net, monkeyp
     (loaded,) = client.events()
     assert isinstance(loaded, HoldingsLoaded)
     assert [h.asset.start_s for h in loaded.holdings] == starts
-    assert pages == 4 + 1, "four pages of holdings, none of them twice, and the block that they rest on"
+    assert pages == 1 + 4 + 1, (
+        "the validators, four pages of holdings, none of them twice, and the block that they rest on"
+    )
 
 
 def test_holdings_that_are_too_old_to_be_of_use_are_passed_over(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -342,9 +342,9 @@ def test_a_client_from_before_the_snapshot_is_told_and_does_not_ask_for_ever(
     gateway = Gateway(restored, Topics(), "node", key("node"))
     client = LedgerClient(GENESIS, "b1", key("b1"), counting_bytes(), load_holdings=False)
     client.on_connect()
-    (query,) = client.tick(0.0)
-    (page,) = gateway.on_message(query)
-    client.on_message("result", page.payload)
+    for query in client.tick(0.0):
+        (page,) = gateway.on_message(query)
+        client.on_message("result", page.payload)
     (fault,) = client.events()
     assert isinstance(fault, LedgerFault)
     assert f"no blocks before {restored.height}" in fault.reason
