@@ -417,8 +417,9 @@ def test_requests_are_sent_again_and_given_up_in_time(desk: Desk) -> None:
 def test_an_answer_that_does_not_hold_is_no_answer(desk: Desk) -> None:
     older = desk.engine.checkpoint()
     stocked(desk)
-    for ask in (lambda: desk.client.prove_operation(10), lambda: desk.client.prove_consistency(older)):
-        request_id = ask()
+    for kind in (QueryKind.OPERATION, QueryKind.CONSISTENCY):
+        operation = kind is QueryKind.OPERATION
+        request_id = desk.client.prove_operation(10) if operation else desk.client.prove_consistency(older)
         (answer,) = desk.gateway.on_message(desk.client.tick(desk.now_s)[0])
         page = Page.from_payload(envelope.parse(answer.payload).payload)
         other = desk.engine.prove(QueryKind.OPERATION, 9)
