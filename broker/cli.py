@@ -10,7 +10,18 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from broker.commands import broker, consumer, copies, key, ledger, privacy, provider, registrar, statement
+from broker.commands import (
+    broker,
+    certificate,
+    consumer,
+    copies,
+    key,
+    ledger,
+    privacy,
+    provider,
+    registrar,
+    statement,
+)
 from broker.commands.common import DONE, FAILED, USAGE, Command
 from broker.market.contracts import ContractError
 from broker.protocol.errors import KeyFileError, ProtocolError
@@ -54,7 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"energy-broker {version('dengen')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (broker, copies, key, ledger, registrar, provider, consumer, statement, privacy):
+    groups = (broker, copies, key, ledger, registrar, provider, consumer, statement, certificate, privacy)
+    for group in groups:
         group.add_commands(commands)
     return parser
 

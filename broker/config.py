@@ -6,7 +6,7 @@ the broker's database. `firmware_config/examples/broker.toml` is a commented exa
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 from urllib.parse import urlsplit
 
 from broker.market.tariff import MAX_PRICE
@@ -14,6 +14,7 @@ from broker.protocol.errors import MalformedMessage
 from broker.protocol.keys import PublicKey, public_key_from_cose
 from broker.protocol.messages import Genesis
 from broker.protocol.mqtt_link import MqttConfig
+from broker.protocol.sources import Source
 from firmware_config.loader import Between, ConfigError, OneName, WrongValue, load_config
 
 
@@ -100,6 +101,28 @@ class MarketSection:
     neighbour_margin: Annotated[int, Between(0, MAX_PRICE)] = 0
 
 
+UNMATCHED_LABEL: Final = "unmatched"
+
+
+@dataclass(frozen=True, slots=True)
+class CertificatesSection:
+    """By which factors certificates reckon CO2, in mg CO2-equivalent per kWh by source, and whose figures they are.
+
+    `unmatched` names a residual mix for what no asset stands for. What the table does not name keeps its default.
+    """
+
+    factors_mg_per_kwh: dict[str, Annotated[int, Between(0, 10_000_000)]] = field(default_factory=dict)
+    factors_source: str = ""
+
+    def __post_init__(self) -> None:
+        known = {*(source.label for source in Source), UNMATCHED_LABEL}
+        unknown = set(self.factors_mg_per_kwh) - known
+        if unknown:
+            raise WrongValue("factors_mg_per_kwh", f"{', '.join(sorted(known))}; got {', '.join(sorted(unknown))}")
+        if self.factors_mg_per_kwh and not 0 < len(self.factors_source) <= 200:
+            raise WrongValue("factors_source", "in up to 200 characters where the factors in this config come from")
+
+
 @dataclass(frozen=True, slots=True)
 class BrokerConfig:
     """The whole file."""
@@ -109,6 +132,7 @@ class BrokerConfig:
     mqtt: MqttConfig = field(default_factory=MqttConfig)
     neighbours: tuple[NeighbourSection, ...] = ()
     market: MarketSection = field(default_factory=MarketSection)
+    certificates: CertificatesSection = field(default_factory=CertificatesSection)
 
     @property
     def database(self) -> Path:

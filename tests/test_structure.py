@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CODE_FOLDERS = ("broker", "meter_agent", "firmware_config", "tests/dengen_testing")
-ROOMS_OF_BROKER = {"ledger", "market", "service", "commands", "config", "cli", "database_copy"}
+ROOMS_OF_BROKER = {"ledger", "market", "service", "certificates", "commands", "config", "cli", "database_copy"}
 
 
 def setup_cfg() -> configparser.ConfigParser:

@@ -13,7 +13,8 @@ Whatever makes proofs asks for the hashes of spans: `[low, high)` stands for the
 occurs in some tree of RFC 9162.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import sha256
 from itertools import pairwise
 from typing import Final
@@ -298,9 +299,7 @@ def multiproof(indices: Iterable[int], size: int, hash_of: SpanHash) -> list[byt
             hashes.append(hash_of(low, high))
         elif high - low > 1:
             middle = _split(low, high)
-            cut = first
-            while cut < end and wanted[cut] < middle:
-                cut += 1
+            cut = bisect_left(wanted, middle, first, end)
             waiting.append((middle, high, cut, end))
             waiting.append((low, middle, first, cut))
     return hashes
@@ -333,12 +332,42 @@ def root_from_multiproof(leaves: Sequence[tuple[int, bytes]], size: int, hashes:
             if digest is None:
                 return None
             done.append(digest)
-        elif high - low == 1:
-            done.append(leaves[first][1])
+        elif end - first == 1:
+            digest = _single(*leaves[first], low, high, given)
+            if digest is None:
+                return None
+            done.append(digest)
         else:
             middle = _split(low, high)
-            cut = first
-            while cut < end and indices[cut] < middle:
-                cut += 1
+            cut = bisect_left(indices, middle, first, end)
             waiting += (None, (middle, high, cut, end), (low, middle, first, cut))
     return done[0] if next(given, None) is None else None
+
+
+def _single(index: int, digest: bytes, low: int, high: int, given: Iterator[bytes]) -> bytes | None:
+    """The hash of the span `[low, high)` in which only the leaf at `index` is known; None if `given` ends too soon.
+
+    Most of a proof of scattered leaves is such paths, so they have no part in the bookkeeping of the others.
+    """
+    lefts: list[bytes | None] = []  # For each step down the sibling on the left, which comes before the leaf; or None.
+    while high - low > 1:
+        middle = low + (1 << (high - low - 1).bit_length() - 1)
+        if index < middle:
+            lefts.append(None)
+            high = middle
+        else:
+            left = next(given, None)
+            if left is None:
+                return None
+            lefts.append(left)
+            low = middle
+    while lefts:
+        left = lefts.pop()
+        if left is not None:
+            digest = sha256(b"\x01" + left + digest).digest()
+        else:
+            right = next(given, None)
+            if right is None:
+                return None
+            digest = sha256(b"\x01" + digest + right).digest()
+    return digest

@@ -64,6 +64,15 @@ class Prover:
             receipt,
         )
 
+    @property
+    def signed_head(self) -> SignedHead:
+        """The head that the proofs end in, with its signatures."""
+        return self._signed
+
+    def multiproof(self, indices: Iterable[int]) -> list[bytes]:
+        """The hashes which lead from any number of operations to the head (`merkle.multiproof`)."""
+        return multiproof(indices, self._head.tree_size, self._hash_of)
+
     def consistency(self, first_size: int) -> bytes:
         """The receipt that the tree of `first_size` operations begins the head's. Raises ProofFailed."""
         size = self._head.tree_size

@@ -74,6 +74,16 @@ def seal(message: Message, key: PrivateKey, ledger: str, sender: str) -> bytes:
     return b"".join((_HEAD, _as_byte_string(protected), _EMPTY_MAP, payload, _SIGNATURE_HEAD, signature))
 
 
+def assemble(
+    message_type: MessageType, key: PublicKey, ledger: str, sender: str, payload: bytes, signature: bytes
+) -> tuple[bytes, bytes]:
+    """A sealed message put together again from its parts, and what its signature is of; nothing is checked."""
+    protected = _protected_header(message_type, key.algorithm, key.key_id)
+    content = _as_byte_string(payload)
+    raw = b"".join((_HEAD, _as_byte_string(protected), _EMPTY_MAP, content, _SIGNATURE_HEAD, signature))
+    return raw, _signed_head(protected, message_type, ledger, sender) + content
+
+
 def sealed_id(raw: bytes, ledger: str, sender: str) -> bytes:
     """The id of a message that this process sealed or verified before."""
     envelope = parse(raw)

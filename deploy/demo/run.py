@@ -5,8 +5,8 @@
 Everything runs as a process of its own on this machine: a mosquitto, two brokers (one hosts the ledger, or four
 validators keep it, of which one loses its power on the way), an agent for each meter, and a street of meters that are
 simulated only at the wire. `scenario.py` says who takes part. Keys, genesis
-and contracts are made afresh. Results go to `--out`: summary.json, statements/, ledger/, trust.json. Exit codes: 0 all
-of it ran and the ledger verifies, 1 not, 2 wrong usage or something missing on this machine.
+and contracts are made afresh. Results go to `--out`: summary.json, statements/, certificates/, ledger/, trust.json. Exit
+codes: 0 all of it ran and the ledger verifies, 1 not, 2 wrong usage or something missing on this machine.
 """
 
 import argparse
@@ -98,8 +98,10 @@ def _run(plan: MarketPlan, folder: Path, out: Path, started_s: float, *, serve: 
     summary = summarize(workspace, "cometbft" if plan.validators else "embedded", time.monotonic() - started_s)
     write_statements(workspace, out / "statements")
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    _write_certificates(workspace, out)
     print(summary_table(summary))
-    print(f"results        {out}/summary.json, {out}/statements, {out}/ledger, {out}/trust.json")
+    results = ("summary.json", "statements", "certificates", "ledger", "trust.json")
+    print("results        " + ", ".join(f"{out}/{name}" for name in results))
     return summary
 
 
@@ -114,6 +116,26 @@ def _clear(out: Path) -> None:
 
 def _write_trust(workspace: Workspace, out: Path) -> None:
     (out / "trust.json").write_text(energy_broker("ledger", "trust", "--genesis", workspace.genesis))
+
+
+def _write_certificates(workspace: Workspace, out: Path) -> None:
+    """A certificate of the whole time for each consumer, by their broker, and the first one as a page to print."""
+    plan, folder = workspace.plan, out / "certificates"
+    folder.mkdir()
+    begin, end = (
+        datetime.fromtimestamp(time_s, UTC).isoformat()
+        for time_s in (plan.origin_s, plan.origin_s + plan.intervals * plan.interval_s)
+    )
+    for consumer in plan.consumers:
+        meter = consumer.meter.name
+        energy_broker(
+            *("certificate", "issue", "--config", workspace.config(consumer.broker), "--meter", meter),
+            *("--from", begin, "--to", end, "--ledger", workspace.ledger, "--out", folder / f"{meter}.cbor"),
+        )
+    meter = plan.consumers[0].meter.name
+    energy_broker(
+        *("certificate", "export", folder / f"{meter}.cbor", "--format", "html", "--out", folder / f"{meter}.html")
+    )
 
 
 def _progress(plan: MarketPlan, started_s: float) -> Callable[[Tick], None]:

@@ -182,6 +182,22 @@ def test_the_ledger_verifies_from_the_command_line(demo: Demo) -> None:
     assert json.loads((demo.out / "trust.json").read_text())
 
 
+def test_each_consumer_has_a_certificate_that_verifies_and_says_what_the_books_say(demo: Demo) -> None:
+    certificates = demo.out / "certificates"
+    assert {file.stem for file in certificates.glob("*.cbor")} == {
+        entry["meter"] for entry in demo.summary["consumers"]
+    }
+    for entry in demo.summary["consumers"]:
+        command = [sys.executable, "-m", "broker.cli", "certificate", "verify", "--json"]
+        command += [str(certificates / f"{entry['meter']}.cbor"), "--trust", str(demo.out / "trust.json")]
+        proven = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        assert (proven["meter"], proven["broker"]) == (entry["meter"], entry["broker"])
+        assert (proven["demanded_wh"], proven["unmatched_wh"]) == (entry["consumed_wh"], entry["unmatched_wh"])
+        delivered = {source: energy_wh for source, energy_wh in entry["delivered_wh"].items() if energy_wh}
+        assert proven["by_source_wh"] == delivered
+    assert list(certificates.glob("*.html"))
+
+
 def test_progress_and_a_table_are_shown(demo: Demo) -> None:
     assert "100 %  336/336 half hours" in demo.progress
     for text in ("home-summer", "contracted", "unmatched", "verified from the first block"):

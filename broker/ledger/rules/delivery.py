@@ -51,7 +51,7 @@ def deliver(step: Step, operation: Deliver) -> None:
         if row is None:
             raise unknown_asset(asset)
         # How close in time generation must match consumption is the contract's promise.
-        if asset.start_s != start_s and not _same_window(operation.window, asset.start_s, start_s):
+        if asset.start_s != start_s and not same_window(operation.window, asset.start_s, start_s):
             raise Refused(
                 Fault.OUTSIDE_WINDOW,
                 f"generation at {asset.start_s} is outside the {operation.window.name.lower()} of {start_s}",
@@ -101,7 +101,8 @@ def _put_delivered(
     )
 
 
-def _same_window(window: Window, one_s: int, other_s: int) -> bool:
+def same_window(window: Window, one_s: int, other_s: int) -> bool:
+    """True if generation at the one time may serve a demand at the other."""
     if window is Window.INTERVAL:
         return one_s == other_s
     if window is Window.DAY:

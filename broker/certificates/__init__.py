@@ -1,0 +1,8 @@
+"""Certificates: where a consumer's energy in a period came from, in a file that anybody checks offline.
+
+document.py    the file: its fields, its bytes, the broker's signature       codes.py     technology codes, factors
+contents.py    what it says: lines and totals, by integer arithmetic         evidence.py  operations rebuilt from it
+verify.py      whether it is true, by the ledger's trust file alone          gather.py    made from store and ledger
+energytag.py   the same as granular certificates for a registry              page.py      the same as a page to print
+workers.py     signatures checked on all processors
+"""

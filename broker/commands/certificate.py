@@ -1,0 +1,271 @@
+"""`energy-broker certificate issue`, `verify`, `show` and `export`: a consumer's energy and where it came from."""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from broker.commands.common import DONE, add_command, add_config_option, add_group, print_row, time_of
+from broker.config import UNMATCHED_LABEL, BrokerConfig, load_broker_config, load_genesis
+from broker.protocol.keys import load_private_key
+from broker.protocol.sources import Source
+from firmware_config.loader import WrongValue
+
+if TYPE_CHECKING:
+    from broker.certificates.contents import Contents
+    from broker.certificates.document import Factor
+
+ENERGYTAG: Final = "energytag"
+HTML: Final = "html"
+
+
+def add_commands(commands: Any) -> None:
+    """The group `certificate`."""
+    group = add_group(commands, "certificate", "Certificates of origin: issue, verify, show, export.")
+    issue = add_command(group, "issue", "Write a consumer's certificate for a period.", _issue)
+    add_config_option(issue)
+    issue.add_argument("--meter", required=True, metavar="NAME", help="the consumer's meter")
+    issue.add_argument("--from", dest="from_", metavar="TIME", help="begin, for example 2026-01-31T00:00:00Z")
+    issue.add_argument("--to", metavar="TIME", help="end, not included")
+    issue.add_argument("--period", metavar="DAY|MONTH|YEAR", help="in place of both: 2026-01-31, 2026-01 or 2026 (UTC)")
+    issue.add_argument(
+        "--ledger", type=Path, metavar="PATH", help="the ledger's directory; default: [ledger.host] path"
+    )
+    issue.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the certificate")
+    verify = add_command(
+        group, "verify", "Check a certificate with a trust file alone: exit 0 only if it is true.", _verify
+    )
+    verify.add_argument("file", type=Path, metavar="FILE", help="a certificate")
+    verify.add_argument("--trust", type=Path, required=True, metavar="FILE", help="the ledger's trust file")
+    verify.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="a checkpoint (`energy-broker ledger checkpoint`) that the certificate must not be older than",
+    )
+    verify.add_argument("--json", action="store_true", help="print what is proven as JSON")
+    show = add_command(group, "show", "Print what a certificate says, without checking it.", _show)
+    show.add_argument("file", type=Path, metavar="FILE", help="a certificate")
+    show.add_argument("--json", action="store_true", help="one JSON object with every line")
+    export = add_command(group, "export", "Write a certificate in another form, without checking it.", _export)
+    export.add_argument("file", type=Path, metavar="FILE", help="a certificate")
+    export.add_argument(
+        "--format", choices=(ENERGYTAG, HTML), required=True, help="granular certificates as JSON, or a page to print"
+    )
+    export.add_argument("--out", type=Path, metavar="FILE", help="where to write it; default: print it")
+
+
+def _issue(options: argparse.Namespace) -> int:
+    from broker.certificates.build import CertificateError
+    from broker.certificates.gather import issue_certificate
+    from broker.service.store import BrokerStore
+
+    config = load_broker_config(options.config)
+    genesis = load_genesis(config.ledger.genesis_file)
+    host = config.ledger.host
+    ledger = options.ledger or (host.path if host is not None else None)
+    if ledger is None:
+        raise WrongValue("--ledger", "a directory with a copy of the ledger: this broker's config hosts none")
+    factors, factors_source = _factors(config)
+    store = BrokerStore(config.database)
+    try:
+        raw = issue_certificate(
+            store,
+            ledger,
+            genesis,
+            config.broker.name,
+            load_private_key(config.broker.key_file),
+            options.meter,
+            _period(options),
+            int(time.time()),
+            factors,
+            factors_source,
+        )
+    except CertificateError as error:
+        raise WrongValue("certificate", str(error)) from error
+    finally:
+        store.close()
+    options.out.write_bytes(raw)
+    print(f"{options.out}: {len(raw)} bytes; it opens {options.meter}'s demands in this period, and no others")
+    return DONE
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from broker.certificates.verify import verify_certificate
+    from broker.certificates.workers import AllProcessors
+    from broker.ledger.receipts import verify_checkpoint
+    from broker.ledger.trust import read_trust
+
+    trust = read_trust(options.trust.read_text())
+    known = None
+    if options.checkpoint is not None:
+        known, _ = verify_checkpoint(options.checkpoint.read_bytes(), trust)
+    with AllProcessors() as processors:
+        verified = verify_certificate(options.file.read_bytes(), trust, known, processors.check)
+    if options.json:
+        proven = {
+            "certificate_id": verified.certificate_id.hex(),
+            "height": verified.checkpoint.height,
+            "validator": verified.validator,
+            "carried_wh": verified.carried_wh,
+            **_summary(verified.contents),
+        }
+        print(json.dumps(proven))
+        return DONE
+    certificate = verified.contents.certificate
+    totals = certificate.totals
+    state = "provisional" if verified.contents.is_provisional else "settled"
+    print(
+        f"{options.file}: true: {certificate.meter} used {totals.demanded_wh} Wh, {totals.delivered_wh} Wh of them from"
+        f" {len(verified.contents.devices)} devices; at height {verified.checkpoint.height} of ledger {trust.ledger},"
+        f" signed by {verified.validator}; {state}"
+    )
+    if verified.carried_wh:
+        print(f"{options.file}: {verified.carried_wh} Wh are carried over from corrections of other intervals")
+    return DONE
+
+
+def _show(options: argparse.Namespace) -> int:
+    contents, certificate_id = _read(options.file)
+    summary = {"certificate_id": certificate_id.hex(), **_summary(contents)}
+    lines = (_line(contents, number) for number in range(len(contents.lines)))
+    if options.json:
+        print(json.dumps({**summary, "lines": list(lines)}))
+        return DONE
+    print_row(summary, as_json=False)
+    for line in lines:
+        print_row(line, as_json=False)
+    return DONE
+
+
+def _export(options: argparse.Namespace) -> int:
+    contents, certificate_id = _read(options.file)
+    if options.format == ENERGYTAG:
+        from broker.certificates.energytag import bundles
+
+        text = json.dumps(bundles(contents, certificate_id), indent=2) + "\n"
+    else:
+        from broker.certificates.page import identification, page
+
+        text = page(contents, certificate_id, _qr(identification(contents, certificate_id)))
+    if options.out is None:
+        print(text, end="")
+    else:
+        options.out.write_text(text)
+    return DONE
+
+
+def _qr(text: str) -> str:
+    try:
+        import segno
+    except ImportError:
+        raise WrongValue("--format", "`html` to be used with the QR library: pip install 'dengen[broker]'") from None
+    drawn: str = segno.make_qr(text, error="m").svg_inline(scale=4, border=2, omitsize=True)
+    return drawn
+
+
+def _read(path: Path) -> tuple["Contents", bytes]:
+    from broker.certificates.contents import read_contents
+    from broker.certificates.document import read_certificate
+
+    sealed = read_certificate(path.read_bytes())
+    contents = read_contents(sealed.certificate)
+    return contents, sealed.certificate_id(contents.genesis.ledger)
+
+
+def _summary(contents: "Contents") -> dict[str, Any]:
+    from broker.certificates.contents import utc_text
+
+    certificate, totals = contents.certificate, contents.certificate.totals
+    return {
+        "meter": certificate.meter,
+        "broker": certificate.broker,
+        "ledger": contents.genesis.ledger,
+        "simulated": contents.genesis.simulated,
+        "from": utc_text(certificate.from_s),
+        "to": utc_text(certificate.to_s),
+        "issued": utc_text(certificate.issued_s),
+        "is_provisional": contents.is_provisional,
+        "intervals": len(certificate.intervals),
+        "demanded_wh": totals.demanded_wh,
+        "delivered_wh": totals.delivered_wh,
+        "same_interval_wh": totals.same_interval_wh,
+        "unmatched_wh": totals.unmatched_wh,
+        "by_source_wh": {total.source.label: total.energy_wh for total in totals.by_source},
+        "co2_mg": totals.co2_mg,
+        "without_factor_wh": totals.without_factor_wh,
+        "factors_mg_per_kwh": {_label(number): mg for number, mg in certificate.factors},
+        "factors_source": certificate.factors_source,
+    }
+
+
+def _line(contents: "Contents", number: int) -> dict[str, Any]:
+    from broker.certificates.codes import EECS_CODES
+    from broker.certificates.contents import utc_text
+
+    line = contents.lines[number]
+    admission = contents.devices[line.device].admission
+    return {
+        "interval": utc_text(line.start_s),
+        "energy_wh": line.energy_wh,
+        "source": admission.source.label,
+        "device": admission.device,
+        "provider": admission.owner,
+        "place": admission.place,
+        "area": admission.area,
+        "made": utc_text(line.made_s),
+        "from_wh": line.from_wh,
+        "to_wh": line.to_wh,
+        "line": line.line,
+        "eecs_fuel": EECS_CODES[admission.source].fuel,
+        "eecs_technology": EECS_CODES[admission.source].technology,
+        "capacity_w": admission.capacity_w,
+        "commissioned": utc_text(admission.commissioned_s),
+    }
+
+
+def _label(number: int) -> str:
+    return Source(number).label if number else UNMATCHED_LABEL
+
+
+def _factors(config: BrokerConfig) -> tuple[list["Factor"], str]:
+    """The factors to reckon with, by number, and where they come from."""
+    from broker.certificates.codes import DEFAULT_FACTORS, DEFAULT_FACTORS_SOURCE, UNMATCHED
+    from broker.certificates.document import Factor
+
+    section = config.certificates
+    own = {
+        UNMATCHED if label == UNMATCHED_LABEL else int(Source[label.upper()]): mg
+        for label, mg in section.factors_mg_per_kwh.items()
+    }
+    source = f"{section.factors_source}; else {DEFAULT_FACTORS_SOURCE}" if own else DEFAULT_FACTORS_SOURCE
+    return [Factor(number, mg) for number, mg in sorted({**DEFAULT_FACTORS, **own}.items())], source
+
+
+def _period(options: argparse.Namespace) -> tuple[int, int]:
+    if options.period is not None:
+        if options.from_ is not None or options.to is not None:
+            raise WrongValue("--period", "to stand alone, or --from and --to in its place")
+        return _calendar_period(options.period)
+    if options.from_ is None or options.to is None:
+        raise WrongValue("--from", "--from and --to, or --period")
+    return time_of(options.from_), time_of(options.to)
+
+
+def _calendar_period(text: str) -> tuple[int, int]:
+    """A UTC year, month or day as [from_s, to_s)."""
+    from datetime import UTC, datetime, timedelta
+
+    for form, days in (("%Y-%m-%d", 1), ("%Y-%m", 32), ("%Y", 367)):
+        try:
+            begin = datetime.strptime(text, form).replace(tzinfo=UTC)
+        except ValueError:
+            continue
+        end = begin + timedelta(days=days)
+        if days > 1:
+            end = end.replace(day=1)
+        if days > 32:
+            end = end.replace(month=1)
+        return int(begin.timestamp()), int(end.timestamp())
+    raise WrongValue("--period", f"a UTC day, month or year: 2026-01-31, 2026-01 or 2026, got {text!r}")

@@ -1,0 +1,323 @@
+"""Certificates from a broker's database and a ledger as both really are, with the command and without."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support.certificate_world import BROKER, FACTORS, METER, SECRET, demand_of, key_of, name_of, trust_in
+from support.ledger_world import (
+    GENESIS,
+    INTERVAL_S,
+    T0,
+    asset,
+    batch,
+    correct,
+    found,
+    issue,
+    key,
+    rotate,
+    take,
+)
+
+from broker.certificates.build import CertificateError
+from broker.certificates.document import read_certificate
+from broker.certificates.gather import issue_certificate
+from broker.certificates.verify import Verified, verify_certificate
+from broker.cli import main
+from broker.ledger.embedded import EmbeddedLedger
+from broker.ledger.merkle import leaf_hash, root_of
+from broker.ledger.operations import (
+    Close,
+    CorrectDemand,
+    Deliver,
+    DeliveredSlice,
+    Operation,
+    ReturnedSlice,
+    Transfer,
+    Window,
+)
+from broker.ledger.trust import trust_of
+from broker.protocol.keys import save_private_key
+from broker.protocol.messages import KeyHolder, MessageType
+from broker.service.pseudonyms import commitment
+from broker.service.store import BrokerStore, ConsumerRow
+
+TRUST = trust_in(GENESIS)
+
+
+class Broker:
+    """A ledger and the database of broker b1, which serves one consumer."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ledger: EmbeddedLedger = found(folder / "ledger")
+        self.store = BrokerStore(folder / "broker.db")
+        meter = key(METER).public
+        self.store.begin()
+        self.store.add_consumer(ConsumerRow(METER, meter.cose_key, meter.key_id, SECRET, T0))
+        self.store.commit()
+
+    def close(self) -> None:
+        self.store.close()
+        self.ledger.close()
+
+    def commit(self, *operations: Operation) -> None:
+        assert self.ledger.submit(batch(*operations)) is None
+        refused = [result for result in self.ledger.commit().results if result.result.reason is not None]
+        assert not refused
+
+    def demand(self, start_s: int, energy_wh: int, revision: int = 0) -> bytes:
+        """The meter's demand is accepted. Returns its commitment."""
+        raw = demand_of(start_s, energy_wh, revision)
+        committed = commitment(key_of(start_s), raw)
+        self.store.begin()
+        kept = self.store.add_message(
+            start_s, METER, MessageType.DEMAND, revision, raw[-32:], raw, energy_wh, name_of(start_s), committed
+        )
+        self.store.commit()
+        assert kept
+        return committed
+
+    def deliver(self, start_s: int, energy_wh: int, *slices: tuple[str, int, int], revision: int = 0) -> Deliver:
+        items = tuple(DeliveredSlice(asset(device, start_s), low, high, 0) for device, low, high in slices)
+        raw = demand_of(start_s, energy_wh, revision)
+        committed = commitment(key_of(start_s), raw)
+        end_s = start_s + INTERVAL_S
+        return Deliver(name_of(start_s), start_s, end_s, Window.INTERVAL, "north", energy_wh, committed, items)
+
+    def close_of(self, start_s: int, revision: int = 0) -> Close:
+        demands = list(self.store.commitments(start_s))
+        leaves = [leaf_hash(name + committed) for name, committed, _ in demands]
+        demanded_wh = sum(energy_wh for _, _, energy_wh in demands)
+        return Close(start_s, start_s + INTERVAL_S, revision, len(leaves), demanded_wh, root_of(leaves))
+
+    def certificate(self, from_s: int = T0, to_s: int = T0 + 2 * INTERVAL_S, meter: str = METER) -> bytes:
+        return issue_certificate(
+            self.store,
+            self.folder / "ledger",
+            GENESIS,
+            BROKER,
+            key(BROKER),
+            meter,
+            (from_s, to_s),
+            to_s,
+            FACTORS,
+            "table",
+        )
+
+    def verified(self) -> Verified:
+        return verify_certificate(self.certificate(), TRUST)
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[Broker]:
+    made = Broker(tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def served(broker: Broker) -> Broker:
+    """Two intervals: 300 Wh from two devices, then 50 Wh for which there was nothing."""
+    broker.commit(issue("solar-1", 900), take("solar-1", 0, 900), issue("wind-1", 400), take("wind-1", 0, 400))
+    broker.demand(T0, 300)
+    broker.commit(broker.deliver(T0, 300, ("solar-1", 0, 240), ("wind-1", 0, 60)), broker.close_of(T0))
+    later_s = T0 + INTERVAL_S
+    broker.demand(later_s, 50)
+    broker.commit(broker.deliver(later_s, 50), broker.close_of(later_s))
+    return broker
+
+
+def totals(verified: Verified) -> tuple[int, int, int]:
+    stated = verified.contents.certificate.totals
+    return stated.demanded_wh, stated.delivered_wh, stated.unmatched_wh
+
+
+def test_a_certificate_of_a_real_ledger_verifies(served: Broker) -> None:
+    verified = served.verified()
+    assert totals(verified) == (350, 300, 50)
+    assert [device.admission.device for device in verified.contents.devices] == ["solar-1", "wind-1"]
+    assert verified.checkpoint.height == served.ledger.height
+    assert verified.contents.certificate.settled_s == T0 + 2 * INTERVAL_S
+    assert verified.contents.is_provisional
+
+
+def test_the_same_period_gives_the_same_bytes(served: Broker) -> None:
+    assert served.certificate() == served.certificate()
+
+
+def test_a_period_opens_only_its_own_intervals(served: Broker) -> None:
+    certificate = read_certificate(served.certificate(T0, T0 + INTERVAL_S)).certificate
+    assert [interval.number for interval in certificate.intervals] == [T0 // INTERVAL_S]
+    assert [one.at for one in certificate.interval_keys] == [T0]
+    assert not certificate.day_keys
+
+
+def test_a_corrected_demand_is_certified_with_what_went_back(served: Broker) -> None:
+    committed = served.demand(T0, 200, revision=1)
+    returned = (ReturnedSlice(asset("solar-1"), 0, 140, 240),)
+    served.commit(CorrectDemand(name_of(T0), T0, 1, 200, committed, returned))
+    assert totals(served.verified()) == (250, 200, 50)
+    # What went back may be delivered again, here after the demand was corrected up.
+    committed = served.demand(T0, 260, revision=2)
+    served.commit(
+        CorrectDemand(name_of(T0), T0, 2, 260, committed, ()),
+        served.deliver(T0, 260, ("solar-1", 140, 200), revision=2),
+    )
+    assert totals(served.verified()) == (310, 260, 50)
+
+
+def test_a_corrected_reading_is_certified_with_what_was_withdrawn(served: Broker) -> None:
+    # Of 900 Wh the broker still holds 660: all of those and 40 delivered ones are withdrawn.
+    served.commit(correct("solar-1", 200))
+    verified = served.verified()
+    assert totals(verified) == (350, 260, 90)
+    assert [issue.revision for issue in verified.contents.certificate.issues] == [0, 0, 1]
+    # Then the meter says that it was right at first: the open demand is filled from the new revision's asset.
+    second = asset("solar-1", revision=2)
+    served.commit(correct("solar-1", 900, revision=2), Transfer(second, 900, 940, "alice", BROKER, 100, None))
+    served.commit(replace(served.deliver(T0, 300), slices=(DeliveredSlice(second, 900, 940, 0),)))
+    assert totals(served.verified()) == (350, 300, 50)
+
+
+def test_a_correction_that_the_broker_leaves_out_is_not_seen_in_the_file(served: Broker) -> None:
+    """What a verifier cannot know: an operation that is not shown. The height says up to when the broker spoke."""
+    before = served.certificate()
+    served.commit(correct("solar-1", 200))
+    assert verify_certificate(before, TRUST).checkpoint.height == served.ledger.height - 1
+    with pytest.raises(Exception, match="stale"):
+        verify_certificate(before, TRUST, served.ledger.head.checkpoint())
+
+
+def test_rotated_keys_of_meters_and_broker_are_shown(served: Broker) -> None:
+    served.commit(
+        rotate("solar-1", "solar-1-new", holder=KeyHolder.DEVICE, from_s=T0 + 2 * INTERVAL_S),
+        rotate("wind-1", "wind-1-new", holder=KeyHolder.DEVICE, from_s=T0 + 2 * INTERVAL_S),
+    )
+    assert totals(served.verified()) == (350, 300, 50)
+
+
+def test_what_is_not_closed_yet_is_not_certified(served: Broker) -> None:
+    third_s = T0 + 2 * INTERVAL_S
+    served.demand(third_s, 10)
+    served.commit(served.deliver(third_s, 10))
+    with pytest.raises(CertificateError, match="is not closed yet"):
+        served.certificate(T0, T0 + 3 * INTERVAL_S)
+    assert served.certificate(T0, T0 + 2 * INTERVAL_S)
+
+
+def test_a_demand_that_came_after_the_close_waits_for_the_next_close(served: Broker) -> None:
+    served.demand(T0 + INTERVAL_S, 60, revision=1)
+    with pytest.raises(CertificateError, match="does not count all its demands"):
+        served.certificate()
+    served.commit(served.close_of(T0 + INTERVAL_S, revision=1))
+    assert served.certificate()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"meter": "nobody"}, "no consumer nobody"),
+        ({"from_s": T0 + 1}, "begins and ends at a market interval"),
+        ({"from_s": T0 + 2 * INTERVAL_S}, "begins and ends"),
+        ({"from_s": T0 - INTERVAL_S, "to_s": T0}, "has no demand of house"),
+    ],
+)
+def test_what_cannot_be_certified_is_refused_with_the_reason(
+    served: Broker, arguments: dict[str, object], reason: str
+) -> None:
+    with pytest.raises(CertificateError, match=reason):
+        served.certificate(**arguments)  # type: ignore[arg-type]
+
+
+# --- The commands
+
+
+@pytest.fixture
+def config(served: Broker) -> Path:
+    folder = served.folder
+    save_private_key(folder / "b1.pem", key(BROKER))
+    (folder / "genesis.cbor").write_bytes(GENESIS.to_bytes())
+    (folder / "trust.json").write_text(json.dumps(trust_of(GENESIS)))
+    save_private_key(folder / "node.pem", key("node"))
+    (folder / "broker.toml").write_text(
+        '[broker]\nname = "b1"\nkey_file = "b1.pem"\ndata_dir = "."\n'
+        '[ledger]\ngenesis_file = "genesis.cbor"\n'
+        '[ledger.host]\npath = "ledger"\nvalidator = "node"\nkey_file = "node.pem"\n'
+        '[mqtt]\nhost = "127.0.0.1"\n'
+        '[certificates]\nfactors_source = "the grid operator, 2023"\n'
+        "factors_mg_per_kwh = {unmatched = 400000, wind = 0}\n"
+    )
+    return folder / "broker.toml"
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    code = main([str(argument) for argument in arguments])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_issue_verify_show_and_export(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, trust = config.with_name("house.cbor"), config.with_name("trust.json")
+    times = ("--from", "2023-11-14T00:00:00Z", "--to", "2023-11-14T01:00:00Z")
+    code, said, complaint = run(
+        capsys, "certificate", "issue", "--config", config, "--meter", METER, *times, "--out", file
+    )
+    assert (code, complaint) == (0, "")
+    assert "no others" in said
+    code, said, _ = run(capsys, "certificate", "verify", file, "--trust", trust)
+    assert code == 0
+    assert "true: house used 350 Wh, 300 Wh of them from 2 devices" in said
+    code, said, _ = run(capsys, "certificate", "verify", file, "--trust", trust, "--json")
+    assert json.loads(said)["unmatched_wh"] == 50
+    code, said, _ = run(capsys, "certificate", "show", file, "--json")
+    shown = json.loads(said)
+    # Solar at the default 48 g/kWh, wind at none, what is unmatched at 400 g/kWh.
+    assert shown["co2_mg"] == 240 * 48 + 50 * 400
+    assert shown["factors_source"].startswith("the grid operator, 2023; else IPCC")
+    assert [(line["source"], line["energy_wh"], line["provider"]) for line in shown["lines"]] == [
+        ("solar", 240, "alice"),
+        ("wind", 60, "alice"),
+    ]
+    code, said, _ = run(capsys, "certificate", "show", file)
+    assert "eecs_fuel=F01050100" in said
+    code, said, _ = run(capsys, "certificate", "export", file, "--format", "energytag")
+    assert len(json.loads(said)["granular_certificate_bundles"]) == 2
+    page = config.with_name("house.html")
+    assert run(capsys, "certificate", "export", file, "--format", "html", "--out", page)[0] == 0
+    assert "<svg" in page.read_text()
+
+
+def test_verify_says_why_it_is_not_true(config: Path, served: Broker, capsys: pytest.CaptureFixture[str]) -> None:
+    file, trust = config.with_name("house.cbor"), config.with_name("trust.json")
+    raw = served.certificate()
+    file.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    code, _, complaint = run(capsys, "certificate", "verify", file, "--trust", trust)
+    assert (code, "signature of b1 does not fit" in complaint) == (1, True)
+    file.write_bytes(raw)
+    served.commit(correct("solar-1", 200))
+    checkpoint = config.with_name("checkpoint")
+    checkpoint.write_bytes(served.ledger.checkpoint())
+    code, _, complaint = run(capsys, "certificate", "verify", file, "--trust", trust, "--checkpoint", checkpoint)
+    assert (code, "stale" in complaint) == (1, True)
+
+
+@pytest.mark.parametrize("period", ["2023-11-14", "2023-11", "2023"])
+def test_a_day_a_month_or_a_year_by_its_name(config: Path, capsys: pytest.CaptureFixture[str], period: str) -> None:
+    file = config.with_name("house.cbor")
+    issued = ("certificate", "issue", "--config", config, "--meter", METER, "--out", file)
+    assert run(capsys, *issued, "--period", period)[0] == 0
+    certificate = read_certificate(file.read_bytes()).certificate
+    assert certificate.from_s <= T0 < certificate.to_s
+    assert len(certificate.day_keys) == 1
+    code, _, complaint = run(capsys, *issued, "--period", f"{period}-99")
+    assert (code, "a UTC day, month or year" in complaint) == (2, True)
+    assert run(capsys, *issued)[0] == 2
+
+
+def test_unknown_factors_are_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config.write_text(config.read_text().replace("wind = 0", "wnid = 0"))
+    code, _, complaint = run(capsys, "certificate", "issue", "--config", config, "--meter", METER, "--out", "x")
+    assert (code, "wnid" in complaint) == (2, True)

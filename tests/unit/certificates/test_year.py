@@ -1,0 +1,108 @@
+"""A year of half hours among a million consumers: small enough to send, quick enough to check at a desk.
+
+`make test` takes a fortnight, `make test-long` the year. The size does not depend on the machine and is asserted for
+both; the time is asserted for the year, as processor time by the two cores that share the work.
+"""
+
+import os
+import random
+import resource
+import time
+from dataclasses import dataclass
+
+import pytest
+from support.certificate_world import BROKER, CertificateWorld
+from support.ledger_world import INTERVAL_S, T0, admit, issue, register
+
+from broker.certificates.document import Certificate
+from broker.certificates.verify import verify_certificate
+from broker.certificates.workers import AllProcessors
+from broker.ledger.operations import AssetId
+from broker.ledger.receipts import ProofFailed
+from broker.protocol.messages import Carrier
+from broker.protocol.sources import Source
+
+FULL = os.environ.get("DENGEN_FULL") == "1"
+INTERVALS = 48 * (365 if FULL else 14)
+CONSUMERS = 1_000_000
+DEVICES = 2_000
+PLANTS = [
+    (f"plant-{number}", source)
+    for number, source in enumerate([Source.SOLAR] * 3 + [Source.WIND] * 3 + [Source.HYDRO] * 3)
+]
+OPERATIONS_OF_AN_INTERVAL = 2 * DEVICES + CONSUMERS + 1
+"""An issue and a transfer for each device, which stand together at its begin; a delivery for each consumer; a close."""
+
+
+@dataclass(frozen=True)
+class Year:
+    world: CertificateWorld
+    certificate: Certificate
+    raw: bytes
+
+
+@pytest.fixture(scope="module")
+def year() -> Year:
+    """Two slices by night and three by day, each of another device."""
+    chance = random.Random(1)
+    world = CertificateWorld(size=1_000 + INTERVALS * OPERATIONS_OF_AN_INTERVAL)
+    world.state(0, register(BROKER))
+    for number, (name, source) in enumerate(PLANTS):
+        world.state(10 + number, admit(name, source=source, capacity_w=10_000_000))
+    for interval in range(INTERVALS):
+        start_s = T0 + interval * INTERVAL_S
+        first = 1_000 + interval * OPERATIONS_OF_AN_INTERVAL
+        sources = [3, 6] + [0] * (16 <= interval % 48 < 36)
+        slices = []
+        for lowest, place in zip(sources, chance.sample(range(DEVICES), len(sources)), strict=True):
+            name = PLANTS[lowest + chance.randrange(3)][0]
+            world.read(first + 2 * place, issue(name, 3_000_000 + chance.randrange(1_000), start_s))
+            from_wh = chance.randrange(2_000_000)
+            slices.append((AssetId(name, Carrier.ELECTRICITY, start_s, 0), from_wh, from_wh + 100))
+        demanded_wh = 100 * len(slices) + 3
+        committed = world.demand(start_s, demanded_wh)
+        place = first + 2 * DEVICES + chance.randrange(CONSUMERS)
+        world.deliver(place, start_s, demanded_wh, committed, *slices)
+    world.closes(world.size - 1, start_s, demanded_wh, committed)
+    certificate = world.certificate(T0, T0 + INTERVALS * INTERVAL_S)
+    return Year(world, certificate, world.seal(certificate))
+
+
+def test_it_takes_at_most_two_kilobytes_a_half_hour(year: Year) -> None:
+    assert len(year.raw) <= 2_000 * INTERVALS
+
+
+def test_it_verifies_in_under_five_seconds_on_two_cores(year: Year) -> None:
+    """The meters' signatures, over half of the work, are checked by both cores while one of them follows the proof."""
+    before = _cpu_s()
+    began_s = time.monotonic()
+    with AllProcessors() as processors:
+        verified = verify_certificate(year.raw, year.world.trust, None, processors.check)
+    wall_s, cpu_s = time.monotonic() - began_s, _cpu_s() - before
+    assert verified.contents.certificate.totals.unmatched_wh == 3 * INTERVALS
+    print(f"{INTERVALS} half hours, {len(year.raw)} bytes: {cpu_s:.2f} s of processor, {wall_s:.2f} s on the clock")
+    # Other tests run beside this one, so the clock says little.
+    if FULL:
+        assert cpu_s / 2 < 5
+
+
+def test_a_signature_that_fails_is_found_wherever_it_is_checked(year: Year) -> None:
+    """The last of them, by another process."""
+    issues = year.certificate.issues
+    forged = issues[-1]._replace(signature=bytes(64))
+    world = year.world
+    reading = world.readings[-1]
+    altered = reading._replace(operation=reading.operation[:-64] + bytes(64))
+    world.readings[-1] = altered
+    try:
+        certificate = world.certificate(T0, T0 + INTERVALS * INTERVAL_S)
+    finally:
+        world.readings[-1] = reading
+    assert certificate.issues[-1] == forged
+    with AllProcessors() as processors, pytest.raises(ProofFailed, match="the meter did not sign the reading"):
+        verify_certificate(world.seal(certificate), world.trust, None, processors.check)
+
+
+def _cpu_s() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
