@@ -11,11 +11,13 @@ from support.ledger_world import key
 
 from broker.ledger.embedded import EmbeddedLedger
 from broker.ledger.operations import Close, Deliver, Issue, Operation, Transfer, Void, decode_operation
+from broker.market.statements import market_faults
 from broker.protocol.envelope import Signer, open_envelope, parse
 from broker.protocol.messages import Batch, Block, MessageType, Order, Reading
 from broker.protocol.sources import Source
+from broker.service.accounts import Span, ledger_faults, own_books
 from broker.service.store import BrokerStore, IntervalState, WorkState
-from simulation.world import LEDGER, Books, World
+from simulation.world import INTERVAL_S, LEDGER, T0, Books, World
 
 AssetName = tuple[str, int]
 """(device, start of the interval)."""
@@ -48,6 +50,7 @@ def check(world: World, books: Books) -> Accounts:
     _check_orders(world, accounts)
     _check_holdings(world, books, accounts)
     _check_closes(world, accounts)
+    _check_money(world)
     return accounts
 
 
@@ -219,3 +222,14 @@ def _check_closes(world: World, accounts: Accounts) -> None:
                 assert revisions[-1].demands == len(demands)
                 assert revisions[-1].demanded_wh == sum(row.energy_wh for row in demands)
         store.close()
+
+
+def _check_money(world: World) -> None:
+    """Books balance to the µ over all brokers, and every transfer and delivery is the ledger's."""
+    span = Span(T0 - 1_000 * INTERVAL_S, T0 + 1_000 * INTERVAL_S)
+    books = []
+    for name, store in _stores(world).items():
+        books.append(own_books(store, world.genesis, name, span)[0])
+        assert ledger_faults(store, world.genesis, name, world.folder / "ledger", span) == ()
+        store.close()
+    assert market_faults(books) == ()
