@@ -15,6 +15,7 @@ from broker.certificates.document import Factor, seal_certificate
 from broker.certificates.verify import verify_certificate
 from broker.ledger.chain import genesis_hash
 from broker.ledger.merkle import leaf_hash, root_of
+from broker.ledger.opening import charter_of
 from broker.ledger.operations import (
     AssetId,
     Close,
@@ -29,6 +30,7 @@ from broker.ledger.operations import (
 from broker.ledger.proofs import ProvenOperation
 from broker.ledger.proving import Prover
 from broker.ledger.rules.step import clock_of, responsible_broker
+from broker.ledger.rules.validators import validators_now
 from broker.ledger.state import CLOSED, SLICE, ClosedRow, SliceRow, asset_key
 from broker.ledger.store import FILE_NAME, LedgerError, Store
 from broker.ledger.trust import read_trust, trust_of
@@ -72,6 +74,7 @@ def issue_certificate(
         with opened.snapshot():
             if genesis_hash(Genesis.from_bytes(opened.meta("genesis") or b"")) != genesis_hash(genesis):
                 raise LedgerError(ledger, f"is not the ledger {genesis.ledger} of this broker")
+            trust = read_trust(json.dumps(trust_of(genesis, validators_now(opened, charter_of(genesis)))))
             found = _Search(store, opened, genesis, broker, consumer, period).found()
             certificate = build_certificate(found, issued_s, factors, factors_source)
     except (sqlite3.Error, IndexError, ValueError) as error:
@@ -80,7 +83,7 @@ def issue_certificate(
         opened.close()
     raw = seal_certificate(certificate, key, genesis.ledger)
     # What goes out in the broker's name must hold elsewhere, whatever a damaged copy or database made of it.
-    verify_certificate(raw, read_trust(json.dumps(trust_of(genesis))))
+    verify_certificate(raw, trust)
     return raw
 
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -28,7 +29,8 @@ def add_commands(commands: Any) -> None:
     issue.add_argument("--meter", required=True, metavar="NAME", help="the consumer's meter")
     issue.add_argument("--from", dest="from_", metavar="TIME", help="begin, for example 2026-01-31T00:00:00Z")
     issue.add_argument("--to", metavar="TIME", help="end, not included")
-    issue.add_argument("--period", metavar="DAY|MONTH|YEAR", help="in place of both: 2026-01-31, 2026-01 or 2026 (UTC)")
+    issue.add_argument("--month", metavar="MONTH", help="in place of both: a month in UTC, for example 2026-01")
+    issue.add_argument("--day", metavar="DAY", help="in place of both: a day in UTC, for example 2026-01-31")
     issue.add_argument(
         "--ledger", type=Path, metavar="PATH", help="the ledger's directory; default: [ledger.host] path"
     )
@@ -244,28 +246,18 @@ def _factors(config: BrokerConfig) -> tuple[list["Factor"], str]:
 
 
 def _period(options: argparse.Namespace) -> tuple[int, int]:
-    if options.period is not None:
-        if options.from_ is not None or options.to is not None:
-            raise WrongValue("--period", "to stand alone, or --from and --to in its place")
-        return _calendar_period(options.period)
-    if options.from_ is None or options.to is None:
-        raise WrongValue("--from", "--from and --to, or --period")
-    return time_of(options.from_), time_of(options.to)
-
-
-def _calendar_period(text: str) -> tuple[int, int]:
-    """A UTC year, month or day as [from_s, to_s)."""
-    from datetime import UTC, datetime, timedelta
-
-    for form, days in (("%Y-%m-%d", 1), ("%Y-%m", 32), ("%Y", 367)):
+    """The period as [from_s, to_s). Raises WrongValue unless it is given in exactly one way."""
+    given = [name for name in ("month", "day") if getattr(options, name) is not None]
+    if len(given) == 1 and options.from_ is None and options.to is None:
+        form, length = ("%Y-%m", 32) if given == ["month"] else ("%Y-%m-%d", 1)
+        text = getattr(options, given[0])
         try:
             begin = datetime.strptime(text, form).replace(tzinfo=UTC)
         except ValueError:
-            continue
-        end = begin + timedelta(days=days)
-        if days > 1:
-            end = end.replace(day=1)
-        if days > 32:
-            end = end.replace(month=1)
-        return int(begin.timestamp()), int(end.timestamp())
-    raise WrongValue("--period", f"a UTC day, month or year: 2026-01-31, 2026-01 or 2026, got {text!r}")
+            example = "2026-01" if given == ["month"] else "2026-01-31"
+            raise WrongValue(f"--{given[0]}", f"for example {example}, got {text!r}") from None
+        end = begin + timedelta(days=length)
+        return int(begin.timestamp()), int((end.replace(day=1) if length > 1 else end).timestamp())
+    if given or options.from_ is None or options.to is None:
+        raise WrongValue("--month", "a period: --month, or --day, or --from and --to")
+    return time_of(options.from_), time_of(options.to)

@@ -4,9 +4,9 @@
 
 Everything runs as a process of its own on this machine: a mosquitto, two brokers (one hosts the ledger, or four
 validators keep it, of which one loses its power on the way), an agent for each meter, and a street of meters that are
-simulated only at the wire. `scenario.py` says who takes part. Keys, genesis
-and contracts are made afresh. Results go to `--out`: summary.json, statements/, certificates/, ledger/, trust.json. Exit
-codes: 0 all of it ran and the ledger verifies, 1 not, 2 wrong usage or something missing on this machine.
+simulated only at the wire. `scenario.py` says who takes part. Keys, genesis and contracts are made afresh. Results go
+to `--out`: summary.json, statements/, certificates/, ledger/, trust.json. Exit codes: 0 all of it ran and the ledger
+verifies, 1 not, 2 wrong usage or something missing on this machine.
 """
 
 import argparse

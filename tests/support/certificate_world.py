@@ -4,6 +4,7 @@ A proof of scattered leaves asks only for hashes of subtrees in which none of th
 borders of its subtree, so a tree of billions of operations costs nothing, and its root is what a verifier finds.
 """
 
+import json
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Final
@@ -24,8 +25,7 @@ from broker.ledger.operations import (
 )
 from broker.ledger.proofs import ProvenOperation
 from broker.ledger.receipts import SignedHead, sign_head
-from broker.ledger.trust import Trust, issuer_of
-from broker.protocol.envelope import Signer
+from broker.ledger.trust import Trust, issuer_of, read_trust, trust_of
 from broker.protocol.messages import Carrier, Checkpoint, Demand, Genesis, Quality
 from broker.protocol.sources import Source
 from broker.service.pseudonyms import commitment, day_key, day_of, interval_key, pseudonym
@@ -40,13 +40,7 @@ FACTORS: Final = tuple(Factor(int(number), mg) for number, mg in sorted(DEFAULT_
 
 def trust_in(founded: Genesis) -> Trust:
     """The trust file of a ledger of the test world, read."""
-    node, registrar = key("node").public, key("registrar").public
-    return Trust(
-        founded.ledger,
-        genesis_hash(founded),
-        {node.key_id: Signer("node", node)},
-        {registrar.key_id: Signer("registrar", registrar)},
-    )
+    return read_trust(json.dumps(trust_of(founded)))
 
 
 def key_of(start_s: int, secret: bytes = SECRET) -> bytes:

@@ -41,7 +41,7 @@ from broker.ledger.operations import (
 from broker.ledger.trust import trust_of
 from broker.protocol.keys import save_private_key
 from broker.protocol.messages import KeyHolder, MessageType
-from broker.service.pseudonyms import commitment
+from broker.service.pseudonyms import DAY_S, commitment
 from broker.service.store import BrokerStore, ConsumerRow
 
 TRUST = trust_in(GENESIS)
@@ -304,20 +304,24 @@ def test_verify_says_why_it_is_not_true(config: Path, served: Broker, capsys: py
     assert (code, "stale" in complaint) == (1, True)
 
 
-@pytest.mark.parametrize("period", ["2023-11-14", "2023-11", "2023"])
-def test_a_day_a_month_or_a_year_by_its_name(config: Path, capsys: pytest.CaptureFixture[str], period: str) -> None:
+@pytest.mark.parametrize(("option", "text"), [("--day", "2023-11-14"), ("--month", "2023-11")])
+def test_a_day_or_a_month_by_its_name(config: Path, capsys: pytest.CaptureFixture[str], option: str, text: str) -> None:
     file = config.with_name("house.cbor")
     issued = ("certificate", "issue", "--config", config, "--meter", METER, "--out", file)
-    assert run(capsys, *issued, "--period", period)[0] == 0
+    assert run(capsys, *issued, option, text)[0] == 0
     certificate = read_certificate(file.read_bytes()).certificate
     assert certificate.from_s <= T0 < certificate.to_s
+    assert (certificate.to_s - certificate.from_s) // DAY_S == (1 if option == "--day" else 30)
     assert len(certificate.day_keys) == 1
-    code, _, complaint = run(capsys, *issued, "--period", f"{period}-99")
-    assert (code, "a UTC day, month or year" in complaint) == (2, True)
+    code, _, complaint = run(capsys, *issued, option, f"{text}-99")
+    assert (code, "for example" in complaint) == (2, True)
     assert run(capsys, *issued)[0] == 2
+    assert run(capsys, *issued, option, text, "--to", "2023-11-15T00:00:00Z")[0] == 2
 
 
 def test_unknown_factors_are_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config.write_text(config.read_text().replace("wind = 0", "wnid = 0"))
-    code, _, complaint = run(capsys, "certificate", "issue", "--config", config, "--meter", METER, "--out", "x")
+    code, _, complaint = run(
+        capsys, "certificate", "issue", "--config", config, "--meter", METER, "--day", "2023-11-14", "--out", "x"
+    )
     assert (code, "wnid" in complaint) == (2, True)

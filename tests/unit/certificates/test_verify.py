@@ -79,6 +79,16 @@ def test_it_is_provisional_until_the_market_clock_has_passed_the_correction_dead
         assert check(WORLD, replace(TRUE, settled_s=settled_s)).contents.is_provisional is expected
 
 
+@pytest.mark.parametrize(("window", "end_s"), [(Window.DAY, T0 + DAY_S), (Window.MONTH, T0 + 17 * DAY_S)])
+def test_it_is_provisional_as_long_as_the_window_of_a_demand_is_open(window: Window, end_s: int) -> None:
+    """T0 is the 14th of November."""
+    world = delivering(T0, window=window)
+    certificate = world.certificate()
+    settled_s = end_s + WORLD.founded.correction_deadline_s
+    assert check(world, replace(certificate, settled_s=settled_s - 1)).contents.is_provisional
+    assert not check(world, replace(certificate, settled_s=settled_s)).contents.is_provisional
+
+
 def test_a_whole_day_opens_by_its_day_key_and_a_part_of_a_day_by_the_keys_of_its_intervals() -> None:
     """What is disclosed opens the period and nothing else."""
     whole = WORLD.certificate(T0, T0 + DAY_S)
