@@ -24,6 +24,7 @@ from broker.commands import (
 )
 from broker.commands.common import DONE, FAILED, USAGE, Command
 from broker.market.contracts import ContractError
+from broker.market.terms import TermsError
 from broker.protocol.errors import KeyFileError, ProtocolError
 from firmware_config.loader import ConfigError, WrongValue
 
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return DONE  # Whoever read our output, `head` for one, has seen enough.
     except FileNotFoundError as error:
         return _say(USAGE, f"{error.filename}: there is no such file; check the path")
-    except (ConfigError, WrongValue, ContractError, RegistrationError, KeyFileError) as error:
+    except (ConfigError, WrongValue, ContractError, TermsError, RegistrationError, KeyFileError) as error:
         return _say(USAGE, error)
     except (ProtocolError, StoreError, LedgerError, CopyError, AccountsError, OSError) as error:
         return _say(FAILED, error)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
+from decimal import Decimal, InvalidOperation
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, Final, TextIO
@@ -79,6 +80,17 @@ def not_negative(text: str) -> int:
     if number < 0:
         raise argparse.ArgumentTypeError(f"expected 0 or more, got {number}")
     return number
+
+
+def ppm_of(option: str, percent: str) -> int:
+    """A percentage as typed, in ppm; exact, because it has at most four decimals."""
+    try:
+        ppm = Decimal(percent) * 10_000
+    except InvalidOperation:
+        raise WrongValue(option, f"a percentage, got {percent!r}") from None
+    if not ppm.is_finite() or ppm != ppm.to_integral_value():
+        raise WrongValue(option, f"a percentage with at most four decimals, got {percent!r}")
+    return int(ppm)
 
 
 def time_of(text: str) -> int:

@@ -1,9 +1,8 @@
 """What a person chooses in a contract, as options of `energy-broker consumer`, and the contract made of them."""
 
 import argparse
-from decimal import Decimal, InvalidOperation
 
-from broker.commands.common import time_of
+from broker.commands.common import ppm_of, time_of
 from broker.market.contracts import Contract, ShortageChoice, make_contract
 from broker.market.windows import Window
 from broker.protocol.messages import Genesis
@@ -111,15 +110,11 @@ def contract_sentence(contract: Contract) -> str:
 
 
 def _share(text: str) -> tuple[str, int]:
-    """`solar=40` or `solar=33.3333` as (`solar`, ppm); exact, because a percentage has at most four decimals."""
+    """`solar=40` or `solar=33.3333` as (`solar`, ppm)."""
     name, _, percent = text.partition("=")
-    try:
-        ppm = Decimal(percent) * 10_000
-    except InvalidOperation:
-        raise WrongValue("--line", f"SOURCE=PERCENT, got {text!r}") from None
-    if not ppm.is_finite() or ppm != ppm.to_integral_value():
-        raise WrongValue("--line", f"a percentage with at most four decimals, got {text!r}")
-    return name, int(ppm)
+    if not percent:
+        raise WrongValue("--line", f"SOURCE=PERCENT, got {text!r}")
+    return name, ppm_of("--line", percent)
 
 
 def _ceiling(text: str) -> tuple[str, int]:

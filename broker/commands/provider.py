@@ -11,10 +11,12 @@ from broker.commands.common import (
     add_group,
     add_signing_options,
     not_negative,
+    ppm_of,
     time_of,
     write_signed,
 )
 from broker.config import load_broker_config, load_genesis
+from broker.market.terms import make_terms
 from broker.protocol.messages import EndOfMandate, Mandate
 
 
@@ -36,6 +38,16 @@ def add_commands(commands: Any) -> None:
     add_config_option(add)
     add.add_argument("--price", type=not_negative, required=True, metavar="PRICE", help="µ-currency per kWh")
     add.add_argument(
+        "--reserve",
+        default="0",
+        metavar="PERCENT",
+        help="this share is for consumers of this broker, not for neighbours",
+    )
+    add.add_argument("--exclusive", default="0", metavar="PERCENT", help="this share is only for --exclusive-for")
+    add.add_argument(
+        "--exclusive-for", action="append", default=[], metavar="METER", help="a consumer's meter, as often as needed"
+    )
+    add.add_argument(
         "statements", type=Path, nargs="+", metavar="FILE", help="registration, admissions and mandates, signed"
     )
 
@@ -53,11 +65,17 @@ def _provider_add(options: argparse.Namespace) -> int:
     from broker.service.store import BrokerStore
 
     config = load_broker_config(options.config)
+    terms = make_terms(
+        options.price,
+        reserve_ppm=ppm_of("--reserve", options.reserve),
+        exclusive_ppm=ppm_of("--exclusive", options.exclusive),
+        exclusive_for=options.exclusive_for,
+    )
     store = BrokerStore(config.database)
     try:
         statements = [path.read_bytes() for path in options.statements]
         genesis = load_genesis(config.ledger.genesis_file)
-        devices = add_provider(store, genesis, config.broker.name, statements, options.price)
+        devices = add_provider(store, genesis, config.broker.name, statements, terms)
     finally:
         store.close()
     print(f"taken on: {', '.join(devices)}")

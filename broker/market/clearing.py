@@ -84,7 +84,7 @@ class Clearing:
 
     Where it matters whose energy a demand gets, `picked` has for each entry of `taken` the place in `columns` of the
     lots that it has to come from, and otherwise both are empty: then any energy of the source will do. `price_limits`
-    has the sources of which nobody who lacks something takes any above that price, in µ-currency per kWh.
+    has the sources of which nobody who lacks something takes any that the broker pays more for, in µ-currency per kWh.
     """
 
     taken: tuple[tuple[Taken, ...], ...]

@@ -252,6 +252,7 @@ class _Plan:
         self._free_of_kind: dict[int, int] = {}
         for kind, capacity in zip(kinds, capacities, strict=True):
             self._free_of_kind[kind] = self._free_of_kind.get(kind, 0) + capacity
+        self._plenty: dict[int, int] = {}
         self.taken: list[dict[int, int]] = [{} for _ in columns_of]
         self._rows_in: list[set[int]] = [set() for _ in capacities]
 
@@ -269,6 +270,8 @@ class _Plan:
 
     def fill(self, row: int, amount: int) -> None:
         """Give the row so much more. Raises ValueError if it cannot flow, since then `amounts` was wrong."""
+        # What is most plentiful at first is taken until it is used up, then the next.
+        self._plenty = dict(self._free_of_kind)
         while amount:
             path = self._direct(row) or self._cheapest(row)
             if not path:
@@ -291,7 +294,7 @@ class _Plan:
 
     def _plenty_first(self, column: int) -> tuple[int, int, int]:
         kind = self._kinds[column]
-        return -self._free_of_kind[kind], kind, column
+        return -self._plenty[kind], kind, column
 
     def _cost(self, row: int, column: int) -> int:
         return self._preferred_of[row].get(column, _COST_OF_OTHERS)

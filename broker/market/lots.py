@@ -8,9 +8,10 @@ from broker.protocol.sources import Source
 class Lot(NamedTuple):
     """What all energy of one lot has in common.
 
-    `start_s` is the start of the interval it was generated in, `provider` the owner of the devices, `price` in
-    µ-currency per kWh. `only_for` are the meters that its provider keeps it for, empty if it is for everybody; with
-    `reserved` it is for this broker's own consumers, and no neighbour gets it.
+    `start_s` is the start of the interval it was generated in, `provider` the owner of the devices, empty if that is
+    not known, `price` in µ-currency per kWh. What is `reserved` is for this broker's own consumers, and no neighbour
+    gets it. `only_for` are the meters that the provider keeps it for, empty if it is for everybody; such energy is
+    always reserved too.
     """
 
     source: Source

@@ -42,11 +42,11 @@ _GROUP_RANK: Final = {SourceGroup.RENEWABLE: 1, SourceGroup.FOSSIL: 1, SourceGro
 
 
 def clear_lots(
-    demands: Sequence[OpenDemand],
-    lots: Mapping[Lot, int],
-    settle_until_s: int | None = None,
+    demands: Sequence[OpenDemand], lots: Mapping[Lot, int], settle_until_s: int | None = None, margin: int = 0
 ) -> Clearing:
     """Fill what is unfilled of the quotas from these Wh, and settle the demands whose span ends by `settle_until_s`.
+
+    Consumers pay `margin` µ-currency per kWh on top of a lot's price, and their price ceilings are on what they pay.
 
     Raises ValueError if two demands have the same meter and interval.
     """
@@ -56,7 +56,7 @@ def clear_lots(
         for lot, energy_wh in lots.items():
             available[lot.source] = available.get(lot.source, 0) + energy_wh
         return settle(demands, available) if any(settled) else fill_lines(demands, available)
-    board = _Board(demands, lots)
+    board = _Board(demands, lots, margin)
     lacking = board.fill(unfilled_quotas(demands))
     if any(settled):
         board.raise_to_plain_share(settled)
@@ -64,11 +64,15 @@ def clear_lots(
     return board.clearing(lacking)
 
 
-def _is_plain(demands: Sequence[OpenDemand], lots: Mapping[Lot, int]) -> bool:
-    """True if energy of the right source suits everybody."""
+def are_plain(demands: Sequence[OpenDemand]) -> bool:
+    """True if any energy of the right source and interval suits everybody."""
     # Equal contracts are mostly one object, and there are far fewer of them than demands.
     contracts = {id(demand.contract): demand.contract for demand in demands}
-    if not all(contract.is_plain for contract in contracts.values()) or any(lot.only_for for lot in lots):
+    return all(contract.is_plain for contract in contracts.values())
+
+
+def _is_plain(demands: Sequence[OpenDemand], lots: Mapping[Lot, int]) -> bool:
+    if not are_plain(demands) or any(lot.reserved for lot in lots):
         return False
     return len({demand.start_s for demand in demands} | {lot.start_s for lot in lots}) <= 1
 
@@ -84,7 +88,7 @@ class _Terms:
 _NO_PLACE: Final = -1
 
 
-def _terms(contract: Contract, span: Span, meter: str, lots: Iterable[Lot]) -> _Terms:
+def _terms(contract: Contract, span: Span, meter: str, lots: Iterable[Lot], margin: int) -> _Terms:
     excluded = frozenset(contract.excluded_providers)
     place_of = {provider: place for place, provider in enumerate(contract.preferred_providers)}
     limits = {source: contract.highest_price_of(source) for source in Source}
@@ -93,8 +97,9 @@ def _terms(contract: Contract, span: Span, meter: str, lots: Iterable[Lot]) -> _
         limit = limits[lot.source]
         if (
             span.start_s <= lot.start_s < span.end_s
-            and (limit is None or lot.price <= limit)
-            and lot.provider not in excluded
+            and (limit is None or lot.price + margin <= limit)
+            # Of unknown providers nothing is known, so who excludes anybody does not take their energy.
+            and (not excluded or (lot.provider != "" and lot.provider not in excluded))
             and (not lot.only_for or meter in lot.only_for)
         ):
             places[lot] = place_of.get(lot.provider, _NO_PLACE)
@@ -113,10 +118,11 @@ class _Claim(NamedTuple):
 class _Board:
     """What one clearing works on: Wh left per column, and per demand what it was given and what it still lacks."""
 
-    def __init__(self, demands: Sequence[OpenDemand], lots: Mapping[Lot, int]) -> None:
+    def __init__(self, demands: Sequence[OpenDemand], lots: Mapping[Lot, int], margin: int = 0) -> None:
         if len({(demand.meter, demand.start_s) for demand in demands}) != len(demands):
             raise ValueError("two demands of one meter and interval in one clearing; merge them")
         self._demands = demands
+        self._margin = margin
         self._in_name_order = sorted(
             range(len(demands)), key=lambda index: (demands[index].meter, demands[index].start_s)
         )
@@ -138,18 +144,18 @@ class _Board:
             number = number_of.get(key)
             if number is None:
                 number = number_of[key] = len(self._terms)
-                self._terms.append(_terms(demand.contract, demand.span, demand.meter, lots))
+                self._terms.append(_terms(demand.contract, demand.span, demand.meter, lots, self._margin))
             self._terms_of.append(number)
 
     def _make_columns(self, lots: Mapping[Lot, int]) -> None:
         """Put lots of one source that the same terms take in the same way into one column."""
         found: dict[tuple[Source, tuple[int | None, ...]], list[Lot]] = {}
-        # Nearest in time is best, so the newest first; then the cheapest.
-        for lot in sorted(lots, key=lambda lot: (-lot.start_s, lot.price, lot)):
+        # What fewest can use goes first. Else nearest in time is best, so the newest first; then the cheapest.
+        for lot in sorted(lots, key=lambda lot: (not lot.only_for, not lot.reserved, -lot.start_s, lot.price, lot)):
             if lots[lot]:
                 places = tuple([terms.places.get(lot) for terms in self._terms])
                 found.setdefault((lot.source, places), []).append(lot)
-        ordered = sorted(found.items(), key=lambda item: (item[0][0], min(item[1])))
+        ordered = sorted(found.items(), key=lambda item: (item[0][0], -item[0][1].count(None), min(item[1])))
         self._columns = [tuple(members) for _, members in ordered]
         self._left = [sum([lots[lot] for lot in members]) for members in self._columns]
         self._source_of = [source for (source, _), _ in ordered]
@@ -224,7 +230,7 @@ class _Board:
             {group: lacking[group] for group in GROUPS if group in lacking},
             tuple(self._columns),
             tuple(picked),
-            {source: limit for source, limit in self._price_limits.items() if limit is not None},
+            {source: max(0, limit - self._margin) for source, limit in self._price_limits.items() if limit is not None},
         )
 
     # Serving claims

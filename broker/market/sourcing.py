@@ -211,6 +211,7 @@ def plan_orders(
     offers: Sequence[NeighbourOffer],
     highest_price: int,
     asked: Collection[tuple[str, Source]] = (),
+    price_limits: Mapping[Source, int] | None = None,
 ) -> tuple[PlannedOrder, ...]:
     """Whom to ask for what is short, by neighbour name and source. Every short Wh is asked of one neighbour only.
 
@@ -219,9 +220,10 @@ def plan_orders(
     to whoever announced most, as far as it goes, and what no announcement covers goes to the first of them too:
     announcements are coarse and old, and none at all is no refusal. A group takes whichever source is announced most;
     without any announcement one source is asked for, and the next one in the next round. Offers above `highest_price`
-    (µ-currency per kWh) are left alone.
+    (µ-currency per kWh), or above what anybody who lacks that source would pay (`price_limits`), are left alone.
     """
-    too_dear = {(offer.neighbour, offer.source) for offer in offers if offer.price > highest_price}
+    most = {source: min(highest_price, (price_limits or {}).get(source, highest_price)) for source in Source}
+    too_dear = {(offer.neighbour, offer.source) for offer in offers if offer.price > most[offer.source]}
     announced_wh = {(offer.neighbour, offer.source): offer.energy_wh for offer in offers}
     planned_wh: dict[tuple[str, Source], int] = {}
     wanted: list[tuple[tuple[Source, ...], int]] = [((source,), shortages[source]) for source in sorted(shortages)]
@@ -248,7 +250,7 @@ def plan_orders(
             planned_wh[ranked[0]] = planned_wh.get(ranked[0], 0) + short_wh
     return tuple(
         [
-            PlannedOrder(neighbour, source, energy_wh, highest_price)
+            PlannedOrder(neighbour, source, energy_wh, most[source])
             for (neighbour, source), energy_wh in sorted(planned_wh.items())
         ]
     )

@@ -2,18 +2,19 @@
 
 Stock follows the ledger's feed: what the feed says this broker now owns is added, what is withdrawn from it is removed,
 and after a restart the ledger's holdings are added again. Taking is the broker's own reservation on the way to a
-delivery or a transfer; if that is refused, the slices are given back.
+delivery or a transfer; if that is refused, the slices are added again.
 
 Two stocks that hold the same Wh behave the same, whatever happened before: slices of one asset that touch and have the
-same price are merged, and taking goes by device name, asset and range. So a broker that was restarted in the middle of
-an interval decides as if it had not been.
+lot are merged, and taking goes by device name, asset and range: over a whole source, or within given lots where it
+matters whose energy it is. So a broker that was restarted in the middle of an interval decides as if it had not been.
 """
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from broker.market.lots import Lot
 from broker.protocol.market_time import Interval
 from broker.protocol.sources import Source
 
@@ -36,7 +37,8 @@ class StockError(Exception):
 class HeldSlice(NamedTuple):
     """The Wh `[from_wh, to_wh)` of an asset of the interval `[start_s, end_s)`, at µ-currency per kWh.
 
-    A named tuple, because each delivery makes several, and a frozen dataclass takes five times as long to make.
+    `provider`, `reserved` and `only_for` are those of the lot that it belongs to (see `lots.Lot`). A named tuple,
+    because each delivery makes several, and a frozen dataclass takes five times as long to make.
     """
 
     asset: AssetKey
@@ -46,6 +48,13 @@ class HeldSlice(NamedTuple):
     from_wh: int
     to_wh: int
     price: int
+    provider: str = ""
+    reserved: bool = False
+    only_for: tuple[str, ...] = ()
+
+    @property
+    def lot(self) -> Lot:
+        return Lot(self.source, self.start_s, self.provider, self.price, self.reserved, self.only_for)
 
     @property
     def energy_wh(self) -> int:
@@ -56,15 +65,18 @@ class _Shelf:
     """All slices of one source and interval.
 
     `by_asset` is what is there: per asset, disjoint slices by range. `order` is a heap of (asset, from_wh) that says
-    what to take next; it may hold entries of slices that are gone, which are passed over.
+    what to take next; it may hold entries of slices that are gone, which are passed over. `order_in_lot` is the same
+    for each lot, made when somebody first takes from a lot. `kept` is true once anything was here that is not for all.
     """
 
-    __slots__ = ("by_asset", "energy_wh", "order")
+    __slots__ = ("by_asset", "energy_wh", "kept", "order", "order_in_lot")
 
     def __init__(self) -> None:
         self.by_asset: dict[AssetKey, list[HeldSlice]] = {}
         self.order: list[tuple[AssetKey, int]] = []
         self.energy_wh = 0
+        self.order_in_lot: dict[Lot, list[tuple[AssetKey, int]]] | None = None
+        self.kept = False
 
     def add(self, piece: HeldSlice) -> None:
         slices = self.by_asset.setdefault(piece.asset, [])
@@ -72,13 +84,19 @@ class _Shelf:
         if (at > 0 and slices[at - 1].to_wh > piece.from_wh) or (at < len(slices) and slices[at].from_wh < piece.to_wh):
             raise StockError(piece.asset, f"some of [{piece.from_wh}, {piece.to_wh}) Wh is held already")
         self.energy_wh += piece.energy_wh
-        if at < len(slices) and slices[at].from_wh == piece.to_wh and slices[at].price == piece.price:
+        self.kept = self.kept or piece.reserved
+        if at < len(slices) and slices[at].from_wh == piece.to_wh and slices[at].lot == piece.lot:
             piece = _part(piece, piece.from_wh, slices.pop(at).to_wh)
-        if at > 0 and slices[at - 1].to_wh == piece.from_wh and slices[at - 1].price == piece.price:
+        if at > 0 and slices[at - 1].to_wh == piece.from_wh and slices[at - 1].lot == piece.lot:
             slices[at - 1] = _part(piece, slices[at - 1].from_wh, piece.to_wh)
             return
         slices.insert(at, piece)
+        self._put_in_order(piece)
+
+    def _put_in_order(self, piece: HeldSlice) -> None:
         heapq.heappush(self.order, (piece.asset, piece.from_wh))
+        if self.order_in_lot is not None:
+            heapq.heappush(self.order_in_lot.setdefault(piece.lot, []), (piece.asset, piece.from_wh))
 
     def remove(self, asset: AssetKey, from_wh: int, to_wh: int) -> None:
         """Cut `[from_wh, to_wh)` out. Raises StockError, with nothing changed, if not all of it is here."""
@@ -91,7 +109,7 @@ class _Shelf:
             kept.append(_part(cut[0], cut[0].from_wh, from_wh))
         if to_wh < cut[-1].to_wh:
             kept.append(_part(cut[-1], to_wh, cut[-1].to_wh))
-            heapq.heappush(self.order, (asset, to_wh))
+            self._put_in_order(kept[-1])
         kept.sort(key=_from_wh)
         if kept:
             self.by_asset[asset] = kept
@@ -101,29 +119,54 @@ class _Shelf:
 
     def take(self, energy_wh: int) -> list[HeldSlice]:
         """Remove the first `energy_wh` Wh in order; the caller has checked that they are here."""
-        self.energy_wh -= energy_wh
+        return self._take_in(self.order, None, energy_wh)
+
+    def take_in_lot(self, lot: Lot, most_wh: int) -> list[HeldSlice]:
+        """Remove up to `most_wh` Wh of one lot in order."""
+        if self.order_in_lot is None:
+            self.order_in_lot = {}
+            for slices in self.by_asset.values():
+                for piece in slices:
+                    self.order_in_lot.setdefault(piece.lot, []).append((piece.asset, piece.from_wh))
+            for order in self.order_in_lot.values():
+                heapq.heapify(order)
+        return self._take_in(self.order_in_lot.get(lot, []), lot, most_wh)
+
+    def _take_in(self, order: list[tuple[AssetKey, int]], lot: Lot | None, most_wh: int) -> list[HeldSlice]:
         taken: list[HeldSlice] = []
-        while energy_wh:
-            asset, from_wh = self.order[0]
+        while most_wh and order:
+            asset, from_wh = order[0]
             slices = self.by_asset.get(asset, [])
             # Nearly always the asset is used from its first Wh on, and the next slice is its first.
             at = 0 if slices and slices[0].from_wh == from_wh else bisect_left(slices, from_wh, key=_from_wh)
-            if at == len(slices) or slices[at].from_wh != from_wh:
-                heapq.heappop(self.order)
-            elif slices[at].energy_wh > energy_wh:
-                piece = slices[at]
-                split_wh = from_wh + energy_wh
+            if at == len(slices) or slices[at].from_wh != from_wh or (lot is not None and slices[at].lot != lot):
+                heapq.heappop(order)
+                continue
+            piece = slices[at]
+            if piece.energy_wh > most_wh:
+                split_wh = from_wh + most_wh
                 taken.append(_part(piece, from_wh, split_wh))
                 slices[at] = _part(piece, split_wh, piece.to_wh)
-                heapq.heapreplace(self.order, (asset, split_wh))
-                energy_wh = 0
+                heapq.heapreplace(order, (asset, split_wh))
+                if lot is not None:
+                    heapq.heappush(self.order, (asset, split_wh))
+                elif self.order_in_lot is not None:
+                    heapq.heappush(self.order_in_lot.setdefault(piece.lot, []), (asset, split_wh))
             else:
-                heapq.heappop(self.order)
+                heapq.heappop(order)
                 taken.append(slices.pop(at))
-                energy_wh -= taken[-1].energy_wh
                 if not slices:
                     del self.by_asset[asset]
+            most_wh -= taken[-1].energy_wh
+            self.energy_wh -= taken[-1].energy_wh
         return taken
+
+    def lots(self) -> dict[Lot, int]:
+        totals: dict[Lot, int] = {}
+        for slices in self.by_asset.values():
+            for piece in slices:
+                totals[piece.lot] = totals.get(piece.lot, 0) + piece.energy_wh
+        return totals
 
 
 class Stock:
@@ -164,13 +207,17 @@ class Stock:
             for asset in sorted(shelf.by_asset):
                 yield from shelf.by_asset[asset]
 
-    def by_source(self) -> dict[Source, int]:
-        """Wh of each source over all intervals; sources of which there is none are left out."""
-        totals: dict[Source, int] = {}
-        for shelves in self._shelves.values():
-            for source, shelf in shelves.items():
-                totals[source] = totals.get(source, 0) + shelf.energy_wh
-        return {source: energy_wh for source, energy_wh in sorted(totals.items()) if energy_wh}
+    def lots(self, from_s: int, until_s: int) -> dict[Lot, int]:
+        """Wh of each lot, of the intervals that start in `[from_s, until_s)`; by interval, source and lot."""
+        totals: dict[Lot, int] = {}
+        for start_s in sorted([start_s for start_s in self._shelves if from_s <= start_s < until_s]):
+            for _, shelf in sorted(self._shelves[start_s].items()):
+                totals.update(sorted(shelf.lots().items()))
+        return totals
+
+    def holds_reserves(self, interval: Interval) -> bool:
+        """True if energy of this interval may be kept for this broker's consumers, or for some of them."""
+        return any(shelf.kept for shelf in self._shelves.get(interval.start_s, {}).values())
 
     def take(self, source: Source, interval_start_s: int, energy_wh: int) -> list[HeldSlice]:
         """Take `energy_wh` Wh out of stock: by device name, asset and range, splitting the last slice.
@@ -183,10 +230,22 @@ class Stock:
             raise StockError(source, f"{energy_wh} Wh of the interval at {interval_start_s} wanted, {held_wh} held")
         return shelf.take(energy_wh) if shelf else []
 
-    def give_back(self, slices: Iterable[HeldSlice]) -> None:
-        """Put back what `take` gave, after a delivery or transfer that did not happen. Raises StockError like `add`."""
-        for piece in slices:
-            self.add(piece)
+    def take_lots(self, lots: Sequence[Lot], energy_wh: int) -> list[HeldSlice]:
+        """Take `energy_wh` Wh of these lots, one after the other. Raises StockError, with nothing taken, if they hold
+        less."""
+        taken: list[HeldSlice] = []
+        missing_wh = energy_wh
+        for lot in lots:
+            shelf = self._shelves.get(lot.start_s, {}).get(lot.source)
+            if shelf is not None and missing_wh:
+                slices = shelf.take_in_lot(lot, missing_wh)
+                taken.extend(slices)
+                missing_wh -= sum([piece.energy_wh for piece in slices])
+        if missing_wh:
+            for piece in taken:
+                self.add(piece)
+            raise StockError(lots[0].source, f"{energy_wh} Wh of {len(lots)} lots wanted, {missing_wh} fewer held")
+        return taken
 
     def holds(self, asset: AssetKey, from_wh: int, to_wh: int) -> bool:
         """True if all of these Wh of this asset are in stock."""
@@ -213,4 +272,5 @@ def _from_wh(piece: HeldSlice) -> int:
 
 def _part(piece: HeldSlice, from_wh: int, to_wh: int) -> HeldSlice:
     """The same asset over another range (spelled out, because `_replace` costs three times as much)."""
-    return HeldSlice(piece.asset, piece.source, piece.start_s, piece.end_s, from_wh, to_wh, piece.price)
+    asset, source, start_s, end_s, _, _, price, provider, reserved, only_for = piece
+    return HeldSlice(asset, source, start_s, end_s, from_wh, to_wh, price, provider, reserved, only_for)

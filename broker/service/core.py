@@ -5,7 +5,7 @@ what stands in `outputs`. Everything that decides about energy depends on market
 ledger hold, so a broker that is killed at any moment goes on as if it had not been.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from typing import Final
 
@@ -37,12 +37,14 @@ from broker.market.clearing import Clearing
 from broker.market.statements import Flow
 from broker.market.stock import HeldSlice, Stock
 from broker.market.tariff import Tariff
+from broker.market.terms import parts_of
 from broker.protocol import messages
 from broker.protocol.envelope import Signer, open_envelope, parse
 from broker.protocol.errors import ProtocolError
 from broker.protocol.keys import PublicKey, public_key_from_cose
 from broker.protocol.market_time import Interval, MarketCalendar
 from broker.protocol.messages import (
+    Admission,
     Batch,
     Carrier,
     Cleared,
@@ -292,7 +294,8 @@ class Broker:
         """All that the ledger says we own, less what our unanswered batches give away."""
         self._stock.drop_all()
         for holding in holdings:
-            self._stock.give_back(self._as_slices(holding.asset, holding.source, holding.from_wh, holding.to_wh))
+            for piece in self._as_slices(holding.asset, holding.source, holding.from_wh, holding.to_wh):
+                self._stock.add(piece)
         for batch in self._desk.waiting:
             for asset, from_wh, to_wh in _given_away(_operations_of(batch.raw), self._identity.name):
                 key = (asset.device, int(asset.carrier), asset.start_s, asset.revision)
@@ -311,15 +314,34 @@ class Broker:
         borders = {from_wh, to_wh}
         for row in acquired:
             borders.update([border for border in (row.from_wh, row.to_wh) if from_wh < border < to_wh])
-        key = (asset.device, int(asset.carrier), asset.start_s, asset.revision)
-        end_s = asset.start_s + self._calendar.interval_s
         device = self._registry.device(asset.device)
         unknown = device.price if device is not None else 0
         slices = []
         for low, high in pairwise(sorted(borders)):
             price = next((row.price for row in acquired if row.from_wh <= low < row.to_wh), unknown)
-            slices.append(HeldSlice(key, source, asset.start_s, end_s, low, high, price))
+            slices.extend(self._slices_at(asset, source, low, high, price))
         return slices
+
+    def _slices_at(self, asset: AssetId, source: Source, from_wh: int, to_wh: int, price: int) -> list[HeldSlice]:
+        """These Wh, all bought at one price, cut where the terms of an own provider change."""
+        key = (asset.device, int(asset.carrier), asset.start_s, asset.revision)
+        end_s = asset.start_s + self._calendar.interval_s
+        device = self._registry.device(asset.device)
+        if device is None:
+            owner = self._store.owner_of(asset.device) or ""
+            return [HeldSlice(key, source, asset.start_s, end_s, from_wh, to_wh, price, owner)]
+        if device.terms.keeps_nothing:
+            return [HeldSlice(key, source, asset.start_s, end_s, from_wh, to_wh, price, device.owner)]
+        # The terms speak of shares of the whole asset, which is what the meter reported.
+        row = self._store.message(asset.start_s, asset.device, MessageType.READING, asset.revision)
+        asset_wh = row.energy_wh if row is not None else to_wh
+        return [
+            HeldSlice(
+                *(key, source, asset.start_s, end_s, part.from_wh, part.to_wh),
+                *(price, device.owner, part.reserved, part.only_for),
+            )
+            for part in parts_of(device.terms, asset_wh, from_wh, to_wh)
+        ]
 
     def _committed(self, event: BatchCommitted) -> None:
         batch = self._desk.finish(event.batch_id, WorkState.COMMITTED, event.height, None)
@@ -328,7 +350,9 @@ class Broker:
             return
         match batch.kind:
             case BatchKind.STATEMENTS:
-                self._finish_statements(_operations_of(batch.raw), WorkState.COMMITTED, None)
+                operations = _operations_of(batch.raw)
+                self._note_owners(operations)
+                self._finish_statements(operations, WorkState.COMMITTED, None)
             case BatchKind.PROVIDE:
                 self._provided(_transfers(_operations_of(batch.raw)), in_stock=self._in_holdings(event.height))
                 self._refill = True
@@ -356,15 +380,13 @@ class Broker:
         """The ledger has transferred own providers' energy to us. `in_stock`: the loaded holdings include it."""
         rows = []
         for transfer in transfers:
-            asset = transfer.asset
-            device = self._registry.device(asset.device)
+            device = self._registry.device(transfer.asset.device)
             assert device is not None  # Whose reading was accepted; registrations are never taken out of the store.
             rows.append(transfer_row(Flow.PROVIDED, transfer, device.source, b""))
             if not in_stock:
-                key = (asset.device, int(asset.carrier), asset.start_s, asset.revision)
-                end_s = asset.start_s + self._calendar.interval_s
                 wh = transfer.from_wh, transfer.to_wh
-                self._stock.add(HeldSlice(key, device.source, asset.start_s, end_s, *wh, transfer.price))
+                for piece in self._slices_at(transfer.asset, device.source, *wh, transfer.price):
+                    self._stock.add(piece)
         self._store.add_transfers(rows)
 
     def _refused(self, event: BatchRefused) -> None:
@@ -412,7 +434,8 @@ class Broker:
         for asset, from_wh, to_wh in _given_away(operations, self._identity.name):
             source = self._source_of(asset, from_wh)
             if source is not None and self._holdings_height is not None:
-                self._stock.give_back(self._as_slices(asset, source, from_wh, to_wh))
+                for piece in self._as_slices(asset, source, from_wh, to_wh):
+                    self._stock.add(piece)
 
     def _source_of(self, asset: AssetId, at_wh: int) -> Source | None:
         device = self._registry.device(asset.device)
@@ -422,13 +445,22 @@ class Broker:
         return Source(acquired[0].source) if acquired else None
 
     def _take_foreign(self, event: ForeignBatch) -> None:
-        """Of what others put on the ledger only transfers to us concern us: the neighbour's second change request."""
+        """Of what others put on the ledger two things concern us: who owns the devices, since contracts name providers,
+        and transfers to us, the neighbour's second change request.
+        """
+        self._note_owners(event.operations)
         for operation in event.operations:
             if isinstance(operation, Transfer) and operation.receiver == self._identity.name and operation.order:
                 order = Order.from_payload(parse(operation.order).payload)
                 in_stock = self._in_holdings(event.height)
                 self._neighbours.transfer_seen(operation.sender, operation, order, in_stock=in_stock)
                 self._refill = True
+
+    def _note_owners(self, operations: Iterable[Operation]) -> None:
+        for operation in operations:
+            if isinstance(operation, Admit):
+                admission = Admission.from_payload(parse(operation.statement).payload)
+                self._store.set_owner(admission.device, admission.owner)
 
     # What is due
 

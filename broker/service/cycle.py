@@ -3,6 +3,11 @@
 The cycle decides with the pure functions of `broker.market` and carries the decision out: it takes slices from stock,
 writes what each demand got into the store, keeps the accounts, and makes the ledger batches. All of one decision is in
 one commit, so after a crash a decision is either there with its batches or is made again from the same input.
+
+A demand whose contract has a longer window than its interval does not end at gate 2 of it: what it lacks stays *open*,
+is filled from whatever comes in until the window is over, and is settled with the close of the window's last interval.
+Meanwhile the open quotas count as pledged when the consumer's next demand is divided, or else the lines that wait would
+claim the same share again and again.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,12 +27,14 @@ from broker.ledger.operations import (
     encode_operation,
 )
 from broker.market.clearing import Clearing, OpenDemand, Taken, fill_lines, settle
-from broker.market.contracts import History
+from broker.market.contracts import History, history_start
+from broker.market.matching import are_plain, clear_lots
 from broker.market.mix import quotas
 from broker.market.stock import AssetKey, HeldSlice, Stock
 from broker.market.tariff import Tariff
+from broker.market.windows import Span, window_span
 from broker.protocol.market_time import Interval, MarketCalendar
-from broker.protocol.messages import Carrier, DeliveredLine, Delivery, DeliveryState, MessageType
+from broker.protocol.messages import NO_LINE, Carrier, DeliveredLine, Delivery, DeliveryState, MessageType
 from broker.protocol.sources import Source
 from broker.protocol.topics import Topics
 from broker.service.batches import FULL_BATCH_OPERATIONS, BatchDesk, in_batches
@@ -55,10 +62,33 @@ class ShortDemand:
     consumer: Consumer
     version: ContractVersion
     quotas: tuple[int, ...]
+    span: Span
+    """The contract's window around the demand's interval."""
     taken: list[Taken] = field(default_factory=list)
     slices: int = 0
     """Delivery rows written so far; numbers the next."""
     delivered_wh: int = 0
+    final: bool = False
+    """Its window is over; nothing more will come."""
+    quiet: bool = False
+    """It was settled without anything new for the ledger."""
+
+    @property
+    def key(self) -> "DemandKey":
+        return self.row.start_s, self.row.meter, self.row.revision
+
+    @property
+    def is_short(self) -> bool:
+        return self.delivered_wh < self.row.energy_wh
+
+    @property
+    def pledged(self) -> list[tuple[int, int]]:
+        """(line, Wh) of the quotas that are not filled."""
+        unfilled = list(self.quotas)
+        for item in self.taken:
+            if item.line != NO_LINE:
+                unfilled[item.line] -= item.energy_wh
+        return [(line, energy_wh) for line, energy_wh in enumerate(unfilled) if energy_wh > 0]
 
     def open(self, account: Account) -> OpenDemand:
         """What the market's functions see of it."""
@@ -69,7 +99,16 @@ class ShortDemand:
             self.quotas,
             account.history,
             tuple(self.taken),
+            self.row.start_s,
+            self.span,
         )
+
+
+DemandKey = tuple[int, str, int]
+"""(start_s, meter, revision)."""
+
+AccountKey = tuple[str, int, int]
+"""(meter, start of the period, contract version)."""
 
 
 class Cycle:
@@ -98,7 +137,12 @@ class Cycle:
         self._desk = desk
         self._outputs = outputs
         self._tariff = tariff
-        self._short: dict[tuple[str, int], ShortDemand] = {}
+        self._short: dict[DemandKey, ShortDemand] = {}
+        """Of the current interval."""
+        self._open: dict[DemandKey, ShortDemand] = {}
+        """Of intervals before, whose window is not over."""
+        self._open_of: dict[str, set[DemandKey]] = {}
+        """The keys of `_open` by meter."""
         self._told: dict[bytes, list[tuple[str, bytes]]] = {}
         """By batch: sealed delivery messages with their meters, sent when the ledger has committed the batch."""
         self._reported = 0
@@ -109,7 +153,9 @@ class Cycle:
         self._resume()
 
     def _resume(self) -> None:
-        """Find the oldest interval that is not closed, and the demands in it that are short."""
+        """Find the oldest interval that is not closed, and the demands in it and before that are short."""
+        for row in self._store.open_demands():
+            self._keep_open(self._resumed(row))
         closed_s = self._store.last_interval(IntervalState.CLOSED)
         known_s = self._store.first_interval()
         self.first_start_s = known_s or 0
@@ -122,7 +168,11 @@ class Cycle:
     def stock_from_s(self) -> int:
         """Energy of intervals that begin earlier is kept no longer; 0 as long as no interval has been closed."""
         closed_s = self._store.last_interval(IntervalState.CLOSED)
-        return 0 if closed_s is None else closed_s - KEEP_STOCK_S
+        return 0 if closed_s is None else self._keep_stock_from(closed_s)
+
+    def _keep_stock_from(self, start_s: int) -> int:
+        """For late demands some days, and for open ones the whole of their windows."""
+        return min([start_s - KEEP_STOCK_S, *{demand.span.start_s for demand in self._open.values()}])
 
     def start_at(self, market_time_s: int) -> None:
         """Begin with the interval of this moment, if this broker has never been running."""
@@ -139,7 +189,19 @@ class Cycle:
         self._short.clear()
         if self.state is IntervalState.CLEARED:
             for row in self._store.short_demands(interval.start_s):
-                self._short[row.meter, row.revision] = self._resumed(row)
+                demand = self._resumed(row)
+                self._short[demand.key] = demand
+
+    def _keep_open(self, demand: ShortDemand) -> None:
+        self._open[demand.key] = demand
+        self._open_of.setdefault(demand.row.meter, set()).add(demand.key)
+
+    def _end_open(self, key: DemandKey) -> None:
+        if self._open.pop(key, None) is not None:
+            keys = self._open_of[key[1]]
+            keys.discard(key)
+            if not keys:
+                del self._open_of[key[1]]
 
     def _resumed(self, row: MessageRow) -> ShortDemand:
         """A short demand as it stood, from the store."""
@@ -177,7 +239,8 @@ class Cycle:
         row = self._store.message(start_s, meter, MessageType.DEMAND, revision)
         if row is None or not row.energy_wh:
             return False
-        self._short[meter, revision] = self._short_demand(row)
+        demand = self._short_demand(row)
+        self._short[demand.key] = demand
         return True
 
     def is_closed(self, start_s: int) -> bool:
@@ -194,10 +257,11 @@ class Cycle:
             for row in self._store.messages(start_s, MessageType.DEMAND)
             if row.energy_wh > 0 and row.refusal is None
         ]
-        clearing = self._decide(demands, start_s, settling=False)
+        clearing = self._decide([*demands, *self._open.values()])
         for demand in demands:
-            if demand.delivered_wh < demand.row.energy_wh:
-                self._short[demand.row.meter, demand.row.revision] = demand
+            if demand.is_short:
+                self._short[demand.key] = demand
+        self._forget_filled()
         self.state = IntervalState.CLEARED
         _, revision = self._store.interval_state(start_s)
         self._store.set_interval(start_s, IntervalState.CLEARED, revision)
@@ -205,8 +269,7 @@ class Cycle:
 
     def fill_again(self) -> Clearing:
         """Between the gates, after energy has come in: fill what is still short."""
-        assert self.current is not None
-        clearing = self._decide(list(self._short.values()), self.current.start_s, settling=False)
+        clearing = self._decide([*self._short.values(), *self._open.values()])
         self._forget_filled()
         return clearing
 
@@ -214,16 +277,40 @@ class Cycle:
         """Gate 2: shortage choice, record what stays unmatched, close the interval, and settle late demands."""
         assert self.current is not None
         interval = self.current
-        self._settle(list(self._short.values()), interval, [Void(order_id) for order_id in voided_orders])
+        demands = list(self._short.values())
+        self._decide([*demands, *self._open.values()], settle_until_s=interval.end_s)
+        self._forget_filled()
+        self._end_windows(interval)
+        self._leave_open(demands, interval)
+        self._close_on_ledger(interval, [Void(order_id) for order_id in voided_orders])
         for start_s in self._store.late_intervals():
-            rows = [row for row in self._store.short_demands(start_s) if row.quotas is None]
-            late = Interval(start_s, start_s + self._calendar.interval_s)
-            self._settle([self._resumed(row) for row in rows], late, [])
-        self._stock.drop_before(interval.start_s - KEEP_STOCK_S)
+            late = [self._resumed(row) for row in self._store.short_demands(start_s) if row.quotas is None]
+            self._decide(late, settle_until_s=interval.end_s)
+            self._leave_open(late, interval)
+            self._close_on_ledger(Interval(start_s, start_s + self._calendar.interval_s), [])
+        self._stock.drop_before(self._keep_stock_from(interval.start_s))
         self._enter(Interval(interval.end_s, interval.end_s + self._calendar.interval_s))
 
-    def _settle(self, demands: list[ShortDemand], interval: Interval, voids: list[Void]) -> None:
-        self._decide(demands, interval.start_s, settling=True)
+    def _end_windows(self, interval: Interval) -> None:
+        """Whose window is over is settled now. The meters hear it with their last delivery, or else here."""
+        ended = [demand for demand in self._open.values() if demand.span.end_s <= interval.end_s]
+        for demand in ended:
+            self._end_open(demand.key)
+        self._store.set_open_until([(None, *demand.key) for demand in ended])
+        for demand in [demand for demand in ended if demand.quiet]:
+            message = delivery_message(demand.row, demand.taken, DeliveryState.FINAL, self._calendar)
+            self._send_delivery(*self._sealed(message))
+
+    def _leave_open(self, demands: Iterable[ShortDemand], interval: Interval) -> None:
+        """Keep those that are short and whose window goes on after this interval."""
+        rows = []
+        for demand in demands:
+            if demand.is_short and demand.span.end_s > interval.end_s:
+                self._keep_open(demand)
+                rows.append((demand.span.end_s, *demand.key))
+        self._store.set_open_until(rows)
+
+    def _close_on_ledger(self, interval: Interval, voids: list[Void]) -> None:
         _, revision = self._store.interval_state(interval.start_s)
         leaves = []
         demanded_wh = 0
@@ -236,64 +323,115 @@ class Cycle:
         self._store.set_interval(interval.start_s, IntervalState.CLOSED, revision + 1)
         self._desk.submit(BatchKind.CLOSE, interval.start_s, self._not_after(), operations)
 
-    def _decide(self, demands: list[ShortDemand], start_s: int, *, settling: bool) -> Clearing:
-        """Fill the lines of these demands, or settle them for good, and carry the outcome out."""
-        accounts = {
-            demand.row.meter: self._registry.account(demand.consumer, demand.version, start_s) for demand in demands
-        }
+    def _decide(self, demands: list[ShortDemand], settle_until_s: int | None = None) -> Clearing:
+        """Fill the lines of these demands, settle those whose window ends by `settle_until_s`, and carry it out."""
+        accounts: dict[AccountKey, Account] = {}
+        opened = []
         for demand in demands:
+            account = self._registry.account(demand.consumer, demand.version, demand.row.start_s)
+            accounts.setdefault((demand.row.meter, account.period_start_s, account.version), account)
             if not demand.quotas:
-                history = accounts[demand.row.meter].history
-                demand.quotas = quotas(demand.version.contract.shares_ppm, history, demand.row.energy_wh)
-        opened = [demand.open(accounts[demand.row.meter]) for demand in demands]
-        available = self._stock.available(Interval(start_s, start_s + self._calendar.interval_s))
-        clearing = settle(opened, available) if settling else fill_lines(opened, available)
+                demand.quotas = self._divide(demand, account)
+            opened.append(demand.open(account))
+        clearing = self._clear(opened, settle_until_s)
         # By pseudonym, so that the order in a batch says nothing about who is who. Slices are cut in the same order:
-        # each asset is then used up from its first Wh on, and the ledger never sees it held in many pieces.
-        takings = sorted(zip(demands, clearing.taken, strict=True), key=lambda item: item[0].row.pseudonym or b"")
+        # each asset is then used up from its first Wh on, and the ledger never sees it held in many pieces. A batch
+        # serves demands of one interval.
+        order = sorted(
+            range(len(demands)), key=lambda index: (demands[index].row.start_s, demands[index].row.pseudonym or b"")
+        )
+        run: list[int] = []
         # A batch's worth at a time, from slice to row, while all of it is in the processor's cache.
-        for first in range(0, len(takings), FULL_BATCH_OPERATIONS):
-            self._carry_out(takings[first : first + FULL_BATCH_OPERATIONS], accounts, start_s, settling=settling)
+        for index in order:
+            if run and (len(run) == FULL_BATCH_OPERATIONS or demands[index].row.start_s != demands[run[0]].row.start_s):
+                self._carry_out(run, demands, clearing, accounts, settle_until_s)
+                run = []
+            run.append(index)
+        if run:
+            self._carry_out(run, demands, clearing, accounts, settle_until_s)
         return clearing
+
+    def _divide(self, demand: ShortDemand, account: Account) -> tuple[int, ...]:
+        """The quotas of a demand, by what was delivered and what is pledged under the same account."""
+        history = account.history
+        for key in self._open_of.get(demand.row.meter, ()):
+            other = self._open[key]
+            start_s = history_start(other.version.contract, other.row.start_s)
+            if (start_s, other.version.version) == (account.period_start_s, account.version):
+                history = history.plus(*other.pledged)
+        return quotas(demand.version.contract.shares_ppm, history, demand.row.energy_wh)
+
+    def _clear(self, opened: list[OpenDemand], settle_until_s: int | None) -> Clearing:
+        """The market's decision over the stock that fits these demands."""
+        assert self.current is not None
+        starts = {demand.start_s for demand in opened}
+        if len(starts) == 1:
+            interval = self._calendar.interval_at(min(starts))
+            if are_plain(opened) and not self._stock.holds_reserves(interval):
+                available = self._stock.available(interval)
+                return fill_lines(opened, available) if settle_until_s is None else settle(opened, available)
+        # Energy of the intervals to come is for their own demands first.
+        from_s = min([demand.span.start_s for demand in opened], default=0)
+        lots = self._stock.lots(from_s, self.current.end_s) if opened else {}
+        return clear_lots(opened, lots, settle_until_s, self._tariff.consumer_margin)
 
     def _carry_out(
         self,
-        takings: Sequence[tuple[ShortDemand, Sequence[Taken]]],
-        accounts: dict[str, Account],
-        start_s: int,
-        *,
-        settling: bool,
+        run: Sequence[int],
+        demands: Sequence[ShortDemand],
+        clearing: Clearing,
+        accounts: dict[AccountKey, Account],
+        settle_until_s: int | None,
     ) -> None:
+        """Put into effect what these demands of one interval got, given by their places in `demands`."""
+        start_s = demands[run[0]].row.start_s
         decided: list[tuple[ShortDemand, bytes, list[tuple[Taken, HeldSlice]]]] = []
-        for demand, taken in takings:
-            slices = [(item, held) for item in taken for held in self._stock.take(item.source, start_s, item.energy_wh)]
+        for index in run:
+            demand = demands[index]
+            slices = self._take_slices(clearing, index, start_s)
+            settled = settle_until_s is not None and demand.span.end_s <= settle_until_s
             # A demand that got nothing at all still goes on record, once, when it is settled.
-            if not slices and not (settling and demand.slices == 0):
+            demand.final = settled and demand.key in self._open
+            if not slices and not (settled and demand.slices == 0):
+                demand.quiet = demand.final
                 continue
             for first in range(0, max(1, len(slices)), MAX_SLICES_OF_DELIVERY):
                 part = slices[first : first + MAX_SLICES_OF_DELIVERY]
                 decided.append((demand, self._deliver_operation(demand, start_s, part), part))
-        changed: dict[str, Account] = {}
+        changed: set[AccountKey] = set()
         delivered = []
-        for demand, taken in takings:
+        for index in run:
+            demand, taken = demands[index], clearing.taken[index]
             energy_wh = sum([item.energy_wh for item in taken])
             demand.taken.extend(taken)
             demand.delivered_wh += energy_wh
-            short = demand.delivered_wh < demand.row.energy_wh
             if energy_wh:
-                account = accounts[demand.row.meter]
-                history = account.history.plus(*[(item.line, item.energy_wh) for item in taken])
-                changed[demand.row.meter] = Account(account.period_start_s, account.version, history)
-            if energy_wh or (short and demand.row.quotas != demand.quotas):
-                stored_quotas = encode_quotas(demand.quotas) if short else None
-                delivered.append((demand.delivered_wh, stored_quotas, start_s, demand.row.meter, demand.row.revision))
+                period_start_s = history_start(demand.version.contract, start_s)
+                key = (demand.row.meter, period_start_s, demand.version.version)
+                history = accounts[key].history.plus(*[(item.line, item.energy_wh) for item in taken])
+                accounts[key] = accounts[key]._replace(history=history)
+                changed.add(key)
+            if energy_wh or (demand.is_short and demand.row.quotas != demand.quotas):
+                stored_quotas = encode_quotas(demand.quotas) if demand.is_short else None
+                delivered.append((demand.delivered_wh, stored_quotas, *demand.key))
         self._store.set_delivered(delivered)
-        self._registry.keep_accounts(changed)
-        for run in in_batches(decided, [len(operation) for _, operation, _ in decided]):
+        self._registry.keep_accounts([(key[0], accounts[key]) for key in sorted(changed)])
+        for batch_run in in_batches(decided, [len(operation) for _, operation, _ in decided]):
             batch = self._desk.submit(
-                BatchKind.DELIVER, start_s, self._not_after(), [operation for _, operation, _ in run]
+                BatchKind.DELIVER, start_s, self._not_after(), [operation for _, operation, _ in batch_run]
             )
-            self._note_deliveries(batch, start_s, run)
+            self._note_deliveries(batch, start_s, batch_run)
+
+    def _take_slices(self, clearing: Clearing, index: int, start_s: int) -> list[tuple[Taken, HeldSlice]]:
+        """Take what a demand got out of stock: any of the source, or of the lots that clearing picked."""
+        taken = clearing.taken[index]
+        if not clearing.picked:
+            return [(item, held) for item in taken for held in self._stock.take(item.source, start_s, item.energy_wh)]
+        return [
+            (item, held)
+            for item, column in zip(taken, clearing.picked[index], strict=True)
+            for held in self._stock.take_lots(clearing.columns[column], item.energy_wh)
+        ]
 
     def _deliver_operation(self, demand: ShortDemand, start_s: int, part: list[tuple[Taken, HeldSlice]]) -> bytes:
         row = demand.row
@@ -307,7 +445,7 @@ class Cycle:
                 row.pseudonym,
                 start_s,
                 start_s + self._calendar.interval_s,
-                Window.INTERVAL,
+                Window(demand.version.contract.window),
                 self._area,
                 row.energy_wh,
                 row.commitment,
@@ -345,8 +483,8 @@ class Cycle:
                 )
                 demand.slices += 1
             whole = demand.delivered_wh == demand.row.energy_wh
-            if whole or part:
-                state = DeliveryState.FINAL if whole else DeliveryState.OPEN
+            if whole or part or demand.final:
+                state = DeliveryState.FINAL if whole or demand.final else DeliveryState.OPEN
                 told.append(self._sealed(delivery_message(demand.row, demand.taken, state, self._calendar)))
         self._store.add_deliveries(rows)
         self._told[batch.batch_id] = told
@@ -360,8 +498,12 @@ class Cycle:
         return acquired[0].party if acquired else None
 
     def _forget_filled(self) -> None:
-        for key in [key for key, demand in self._short.items() if demand.delivered_wh == demand.row.energy_wh]:
+        for key in [key for key, demand in self._short.items() if not demand.is_short]:
             del self._short[key]
+        filled = [key for key, demand in self._open.items() if not demand.is_short]
+        for key in filled:
+            self._end_open(key)
+        self._store.set_open_until([(None, *key) for key in filled])
 
     def _short_demand(self, row: MessageRow) -> ShortDemand:
         consumer = self._registry.consumer(row.meter)
@@ -369,7 +511,9 @@ class Cycle:
         # An accepted demand had both; registrations are never taken out of the store.
         assert consumer is not None
         assert version is not None
-        return ShortDemand(row, consumer, version, row.quotas or ())
+        interval = Interval(row.start_s, row.start_s + self._calendar.interval_s)
+        span = window_span(version.contract.window, interval)
+        return ShortDemand(row, consumer, version, row.quotas or (), span)
 
     def _not_after(self) -> int:
         """Batches of an interval are void once a later one is closed; resending one then could only do harm."""
@@ -410,6 +554,10 @@ class Cycle:
         for row in list(self._store.messages(batch.start_s, MessageType.DEMAND)):
             if row.pseudonym in pseudonyms:
                 self._undo(row, given_wh.get(row.meter, []))
+                # Decided again as one that came late; if its window is not over, it becomes an open one then.
+                key = (row.start_s, row.meter, row.revision)
+                self._end_open(key)
+                self._store.set_open_until([(None, *key)])
                 if row.pseudonym == demand_at_fault:
                     self._store.refuse_message(row.start_s, row.meter, MessageType.DEMAND, row.revision, reason)
         if self.current is not None and batch.start_s == self.current.start_s:
@@ -430,7 +578,7 @@ class Cycle:
         keep_quotas = row.quotas is not None and not self.is_closed(row.start_s)
         stored_quotas = encode_quotas(row.quotas or ()) if keep_quotas else None
         self._store.set_delivered([(row.delivered_wh - energy_wh, stored_quotas, row.start_s, row.meter, row.revision)])
-        self._registry.keep_accounts({row.meter: Account(account.period_start_s, account.version, history)})
+        self._registry.keep_accounts([(row.meter, Account(account.period_start_s, account.version, history))])
 
     def close_refused(self, batch: BatchRow) -> None:
         """The ledger refused a close: it is made again, with the same revision, after the next interval."""
@@ -444,7 +592,7 @@ class Cycle:
             Taken(item.line, Source(item.source), item.to_wh - item.from_wh)
             for item in self._store.deliveries(row.start_s, row.meter)
         ]
-        final = row.delivered_wh == row.energy_wh or self.is_closed(row.start_s)
+        final = row.delivered_wh == row.energy_wh or (self.is_closed(row.start_s) and row.open_until_s is None)
         state = DeliveryState.FINAL if final else DeliveryState.OPEN
         return delivery_message(row, taken, state, self._calendar)
 

@@ -5,7 +5,7 @@ carried out. A neighbour's *done* is a hint: energy counts only when the ledger'
 is sent again, the stored bytes, after a reconnect or a time-out, and every repeated order gets the same answer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -119,6 +119,7 @@ class Neighbours:
             self._highest_price,
             # Who gave all that was asked may have more.
             [(row.neighbour, Source(row.source)) for row in before if row.seen_wh < row.energy_wh],
+            clearing.price_limits,
         )
         for plan in planned:
             order = Order(
@@ -199,7 +200,14 @@ class Neighbours:
             key = (asset.device, int(asset.carrier), asset.start_s, asset.revision)
             self._stock.add(
                 HeldSlice(
-                    key, order.source, order.start_s, order.end_s, transfer.from_wh, transfer.to_wh, transfer.price
+                    key,
+                    order.source,
+                    order.start_s,
+                    order.end_s,
+                    transfer.from_wh,
+                    transfer.to_wh,
+                    transfer.price,
+                    self._store.owner_of(asset.device) or "",
                 )
             )
         asked = self._store.order_out(order.order_id)
@@ -338,10 +346,14 @@ class Neighbours:
                 else:
                     self._decline(row, grant.reason or "nothing left")
 
+    def _for_neighbours(self, interval: Interval) -> Iterator[HeldSlice]:
+        """What no provider keeps for consumers of this broker."""
+        return (held for held in self._stock.slices(interval) if not held.reserved)
+
     def _by_asked_price(self, interval: Interval) -> dict[Source, dict[int, Stock]]:
         """What is in stock of an interval, by source and the price that a neighbour is asked for it. Takes nothing."""
         shelves: dict[Source, dict[int, Stock]] = {}
-        for held in self._stock.slices(interval):
+        for held in self._for_neighbours(interval):
             price = self._tariff.for_neighbours(held.price)
             shelves.setdefault(held.source, {}).setdefault(price, Stock()).add(held)
         return shelves
@@ -425,12 +437,14 @@ class Neighbours:
         self._publish_retained(self._topics.cleared(self._identity.name), self._identity.seal(cleared))
         # At the lowest price: whoever would pay that can get some, and an order's own limit decides how much.
         cheapest: dict[Source, int] = {}
-        for held in self._stock.slices(interval):
+        offered_wh: dict[Source, int] = {}
+        for held in self._for_neighbours(interval):
+            offered_wh[held.source] = offered_wh.get(held.source, 0) + held.energy_wh
             price = min(self._tariff.for_neighbours(held.price), MAX_INTEGER)
             cheapest[held.source] = min(cheapest.get(held.source, price), price)
         offers = [
             SourceOffer(source, energy_wh - energy_wh % COARSE_WH, cheapest[source])
-            for source, energy_wh in self._stock.available(interval).items()
+            for source, energy_wh in sorted(offered_wh.items())
             if energy_wh >= COARSE_WH
         ]
         stock = messages.Stock(self._identity.name, interval.start_s, interval.end_s, tuple(offers))

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from broker.market.contracts import Contract, contract_bytes, contract_from_bytes
 from broker.market.statements import Flow
-from broker.market.tariff import MAX_PRICE
+from broker.market.terms import DeviceTerms
 from broker.protocol.codec import is_name
 from broker.protocol.envelope import parse
 from broker.protocol.errors import MalformedMessage, ProtocolError
@@ -103,9 +103,9 @@ def add_provider(
     genesis: Genesis,
     broker: str,
     statements: Sequence[bytes],
-    price: int,
+    terms: DeviceTerms,
 ) -> list[str]:
-    """Take a provider's devices under mandate: registration, admissions and mandates, and a price in µ per kWh.
+    """Take a provider's devices under mandate: registration, admissions and mandates, and the terms for all of them.
 
     Returns the devices. Raises RegistrationError if statements are missing or do not fit together.
     """
@@ -124,8 +124,6 @@ def add_provider(
                 raise RegistrationError(f"a {envelope.message_type.name.lower()} does not belong here")
         except ProtocolError as error:
             raise RegistrationError(f"not a signed statement: {error}") from error
-    if not 0 <= price <= MAX_PRICE:
-        raise RegistrationError(f"a price is from 0 to {MAX_PRICE} µ-currency per kWh, not {price}")
     if not mandates:
         raise RegistrationError("no mandate is among the files; make one with `energy-broker provider mandate`")
     rows = []
@@ -153,8 +151,11 @@ def add_provider(
                 int(found.source),
                 found.capacity_w,
                 found.area,
-                price,
+                terms.price,
                 mandate.from_s,
+                terms.reserve_ppm,
+                terms.exclusive_ppm,
+                terms.exclusive_for,
             )
         )
     store.begin()
@@ -241,6 +242,9 @@ def _providers(store: BrokerStore) -> Iterator[dict[str, Any]]:
             "area": row.area,
             "price": row.price,
             "mandate_from_s": row.from_s,
+            "reserve_ppm": row.reserve_ppm,
+            "exclusive_ppm": row.exclusive_ppm,
+            "exclusive_for": list(row.exclusive_for),
         }
 
 

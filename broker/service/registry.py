@@ -5,11 +5,12 @@ meters there are. `forget` empties the caches after the command line has changed
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final, Generic, NamedTuple, TypeVar
 
 from broker.market.contracts import Contract, History, contract_from_bytes, contract_hash, history_start
+from broker.market.terms import DeviceTerms
 from broker.protocol.envelope import Signer
 from broker.protocol.keys import PublicKey, public_key_from_cose
 from broker.protocol.sources import Source
@@ -95,8 +96,12 @@ class Device:
     source: Source
     capacity_w: int
     area: str
-    price: int
+    terms: DeviceTerms
     from_s: int
+
+    @property
+    def price(self) -> int:
+        return self.terms.price
 
 
 class Account(NamedTuple):
@@ -148,10 +153,10 @@ class Registry:
             return Account(period_start_s, version.version, History.empty(version.contract))
         return Account(period_start_s, version.version, History(row.by_line, row.total_wh))
 
-    def keep_accounts(self, changed: dict[str, Account]) -> None:
-        """Store the accounts of these meters."""
+    def keep_accounts(self, changed: Iterable[tuple[str, Account]]) -> None:
+        """Store these accounts of meters; of a meter with several the last one is kept at hand."""
         rows = []
-        for meter, account in changed.items():
+        for meter, account in changed:
             history = account.history
             rows.append(AccountRow(meter, account.period_start_s, account.version, history.total, history.by_line))
             self._accounts.put(meter, account)
@@ -173,7 +178,8 @@ class Registry:
         if row is None:
             return None
         key = public_key_from_cose(row.cose_key)
-        return Device(row.device, row.owner, key, Source(row.source), row.capacity_w, row.area, row.price, row.from_s)
+        terms = DeviceTerms(row.price, row.reserve_ppm, row.exclusive_ppm, row.exclusive_for)
+        return Device(row.device, row.owner, key, Source(row.source), row.capacity_w, row.area, terms, row.from_s)
 
     def _load_signer(self, key_id: bytes) -> Signer | None:
         consumer = self._store.consumer_by_key(key_id)

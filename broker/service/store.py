@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 from broker.protocol import cbor
 from broker.protocol.messages import MessageType
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 
 _SCHEMA: Final = """
 CREATE TABLE consumer (
@@ -29,17 +29,19 @@ CREATE TABLE contract (
 CREATE TABLE device (
     device TEXT PRIMARY KEY, owner TEXT NOT NULL, cose_key BLOB NOT NULL, key_id BLOB NOT NULL UNIQUE,
     source INTEGER NOT NULL, capacity_w INTEGER NOT NULL, area TEXT NOT NULL, price INTEGER NOT NULL,
-    from_s INTEGER NOT NULL
+    from_s INTEGER NOT NULL, reserve_ppm INTEGER NOT NULL, exclusive_ppm INTEGER NOT NULL, exclusive_for BLOB NOT NULL
 ) WITHOUT ROWID;
+CREATE TABLE owner (device TEXT PRIMARY KEY, owner TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE statement (
     number INTEGER PRIMARY KEY, kind INTEGER NOT NULL, raw BLOB NOT NULL UNIQUE, state INTEGER NOT NULL, reason TEXT
 );
 CREATE TABLE message (
     start_s INTEGER NOT NULL, meter TEXT NOT NULL, kind INTEGER NOT NULL, revision INTEGER NOT NULL,
     message_id BLOB NOT NULL, raw BLOB NOT NULL, energy_wh INTEGER NOT NULL, pseudonym BLOB, commitment BLOB,
-    delivered_wh INTEGER NOT NULL, quotas BLOB, refusal TEXT,
+    delivered_wh INTEGER NOT NULL, quotas BLOB, refusal TEXT, open_until_s INTEGER,
     PRIMARY KEY (start_s, meter, kind, revision)
 ) WITHOUT ROWID;
+CREATE INDEX message_open ON message (open_until_s) WHERE open_until_s IS NOT NULL;
 CREATE TABLE conflict (
     number INTEGER PRIMARY KEY, meter TEXT NOT NULL, kind INTEGER NOT NULL, start_s INTEGER NOT NULL,
     revision INTEGER NOT NULL, message_id BLOB NOT NULL, raw BLOB NOT NULL, UNIQUE (message_id)
@@ -157,6 +159,9 @@ class DeviceRow:
     area: str
     price: int
     from_s: int
+    reserve_ppm: int = 0
+    exclusive_ppm: int = 0
+    exclusive_for: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +174,10 @@ class StatementRow:
 
 
 class MessageRow(NamedTuple):
-    """An accepted reading or demand. Pseudonym and commitment are a demand's; `quotas` is set while it is short."""
+    """An accepted reading or demand. Pseudonym and commitment are a demand's; `quotas` is set while it is short.
+
+    `open_until_s` is the end of the window of a demand that is short although its own interval is closed.
+    """
 
     start_s: int
     meter: str
@@ -183,6 +191,7 @@ class MessageRow(NamedTuple):
     delivered_wh: int
     quotas: tuple[int, ...] | None
     refusal: str | None
+    open_until_s: int | None = None
 
 
 class DeliveryRow(NamedTuple):
@@ -384,7 +393,7 @@ class BrokerStore:
         """Raises StoreError if the device or its meter key is registered already."""
         try:
             self._db.execute(
-                "INSERT INTO device VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO device VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     row.device,
                     row.owner,
@@ -395,6 +404,9 @@ class BrokerStore:
                     row.area,
                     row.price,
                     row.from_s,
+                    row.reserve_ppm,
+                    row.exclusive_ppm,
+                    cbor.encode(list(row.exclusive_for)),
                 ),
             )
         except sqlite3.IntegrityError as error:
@@ -402,14 +414,22 @@ class BrokerStore:
 
     def device(self, device: str) -> DeviceRow | None:
         row = self._db.execute("SELECT * FROM device WHERE device = ?", (device,)).fetchone()
-        return DeviceRow(*row) if row else None
+        return _device_row(row) if row else None
 
     def device_by_key(self, key_id: bytes) -> DeviceRow | None:
         row = self._db.execute("SELECT * FROM device WHERE key_id = ?", (key_id,)).fetchone()
-        return DeviceRow(*row) if row else None
+        return _device_row(row) if row else None
 
     def devices(self) -> Iterator[DeviceRow]:
-        return (DeviceRow(*row) for row in self._db.execute("SELECT * FROM device ORDER BY device"))
+        return (_device_row(row) for row in self._db.execute("SELECT * FROM device ORDER BY device"))
+
+    def set_owner(self, device: str, owner: str) -> None:
+        """Note whose device it is, as the ledger says of devices of other brokers' providers."""
+        self._db.execute("INSERT OR REPLACE INTO owner VALUES (?, ?)", (device, owner))
+
+    def owner_of(self, device: str) -> str | None:
+        row = self._db.execute("SELECT owner FROM owner WHERE device = ?", (device,)).fetchone()
+        return None if row is None else str(row[0])
 
     def expected_meters(self) -> int:
         """How many meters report every interval."""
@@ -465,7 +485,7 @@ class BrokerStore:
     ) -> bool:
         """Keep an accepted message. False, and nothing has changed, if there is one for that interval and revision."""
         cursor = self._db.execute(
-            "INSERT INTO message VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 0, NULL, NULL) ON CONFLICT DO NOTHING",
+            "INSERT INTO message VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 0, NULL, NULL, NULL) ON CONFLICT DO NOTHING",
             (start_s, meter, kind, revision, message_id, raw, energy_wh, pseudonym, commitment),
         )
         return cursor.rowcount == 1
@@ -534,6 +554,19 @@ class BrokerStore:
             " AND revision = ?",
             rows,
         )
+
+    def set_open_until(self, rows: Iterable[tuple[int | None, int, str, int]]) -> None:
+        """(end of the window, or None if nothing is open any more, start_s, meter, revision) of demands."""
+        self._db.executemany(
+            "UPDATE message SET open_until_s = ? WHERE start_s = ? AND meter = ? AND kind = 2 AND revision = ?", rows
+        )
+
+    def open_demands(self) -> list[MessageRow]:
+        """Demands that stay open beyond their own interval, oldest first."""
+        rows = self._db.execute(
+            "SELECT * FROM message WHERE open_until_s IS NOT NULL AND refusal IS NULL ORDER BY start_s, meter, revision"
+        )
+        return [_message_row(row) for row in rows]
 
     def add_conflict(
         self, meter: str, kind: int, start_s: int, revision: int, message_id: bytes, raw: bytes, most: int
@@ -853,6 +886,10 @@ class BrokerStore:
 def encode_quotas(quotas: Sequence[int]) -> bytes:
     """The stored form of a demand's quotas."""
     return cbor.encode(list(quotas))
+
+
+def _device_row(row: Sequence[Any]) -> DeviceRow:
+    return DeviceRow(*[*row[:-1], tuple(cbor.decode(row[-1], "consumers", 8_192))])
 
 
 def _message_row(row: Sequence[Any]) -> MessageRow:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from support.ledger_world import key
 
 from broker.ledger.embedded import EmbeddedLedger
-from broker.ledger.operations import Close, Deliver, Issue, Operation, Transfer, Void, decode_operation
+from broker.ledger.operations import Close, Deliver, Issue, Operation, Transfer, Void, Window, decode_operation
 from broker.market.statements import market_faults
 from broker.protocol.envelope import Signer, open_envelope, parse
 from broker.protocol.messages import Batch, Block, MessageType, Order, Reading
@@ -110,7 +110,8 @@ def _apply(accounts: Accounts, sender: str, operation: Operation) -> None:
         demand = (operation.start_s, operation.pseudonym)
         assert accounts.demanded_wh.setdefault(demand, operation.demanded_wh) == operation.demanded_wh
         for item in operation.slices:
-            assert item.asset.start_s == operation.start_s
+            # A day or a month: what that means is tested with the rules and the market.
+            assert item.asset.start_s == operation.start_s or operation.window is not Window.INTERVAL
             for number in range(item.from_wh, item.to_wh):
                 wh = (item.asset.device, item.asset.start_s, number)
                 assert accounts.owner[wh] == sender, "delivered by somebody who does not own it"
@@ -148,7 +149,7 @@ def _check_demands(world: World, books: Books, accounts: Accounts) -> None:
             assert delivered_wh[place] + books.unmatched_wh[place] == row.energy_wh, place
             assert accounts.given_wh[on_ledger] == delivered_wh[place], f"{place}: store and ledger differ"
             closed_s = store.last_interval(IntervalState.CLOSED)
-            if row.energy_wh and closed_s is not None and row.start_s <= closed_s:
+            if row.energy_wh and closed_s is not None and row.start_s <= closed_s and row.open_until_s is None:
                 assert accounts.demanded_wh[on_ledger] == row.energy_wh, f"{place} is not on the ledger"
                 told = world.meters[row.meter].final.get(row.start_s)
                 if told is not None:

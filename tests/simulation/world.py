@@ -20,6 +20,7 @@ from support.ledger_world import key
 from broker.config import BrokerConfig, BrokerSection, HostSection, LedgerSection, NeighbourSection
 from broker.market.contracts import ShortageChoice, contract_bytes, make_contract
 from broker.market.statements import Flow
+from broker.market.terms import DeviceTerms
 from broker.protocol.envelope import Signer, open_envelope, seal, sealed_id
 from broker.protocol.keys import save_private_key
 from broker.protocol.messages import (
@@ -76,6 +77,8 @@ class ConsumerPlan:
     energies_wh: tuple[int, ...]
     shortage: ShortageChoice = ShortageChoice.UNMATCHED
     substitutes: tuple[str, ...] = ()
+    choices: dict[str, Any] = field(default_factory=dict)
+    """What else `make_contract` takes: window, excluded_providers and so on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,8 @@ class DevicePlan:
     source: Source
     energies_wh: tuple[int, ...]
     area: str = "home"
+    terms: DeviceTerms | None = None
+    """None: the price is 100 and the source's number, and nothing is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +279,7 @@ class World:
         admission = Admission(
             plan.device, plan.owner, meter.cose_key, plan.source, Carrier.ELECTRICITY, capacity_w, plan.area, "roof", 0
         )
+        terms = plan.terms or DeviceTerms(100 + plan.source)
         mandate = Mandate(plan.device, plan.owner, plan.broker, T0 - 1_000 * INTERVAL_S)
         store.add_statement(
             MessageType.REGISTRATION, self.signed(_registration(plan.owner, Role.PROVIDER), "registrar")
@@ -283,7 +289,7 @@ class World:
         store.add_device(
             DeviceRow(
                 *(plan.device, plan.owner, meter.cose_key, meter.key_id, int(plan.source), capacity_w, plan.area),
-                *(100 + plan.source, mandate.from_s),
+                *(terms.price, mandate.from_s, terms.reserve_ppm, terms.exclusive_ppm, terms.exclusive_for),
             )
         )
 
@@ -620,6 +626,7 @@ def _sign_up(store: BrokerStore, plan: ConsumerPlan) -> None:
         plan.shortage,
         area="home",
         substitutes=plan.substitutes,
+        **plan.choices,
     )
     store.add_consumer(ConsumerRow(plan.meter, public.cose_key, public.key_id, secret, 0))
     store.add_contract(plan.meter, ContractRow(1, 0, contract_bytes(contract)))

@@ -96,11 +96,11 @@ def test_accounts_begin_anew_with_the_month_and_the_old_one_stays(store: BrokerS
     january = registry.account(consumer, version, JANUARY_S)
     assert january.history == History((0, 0), 0)
     spent = Account(january.period_start_s, 1, History((40, 60), 100))
-    registry.keep_accounts({"home": spent})
+    registry.keep_accounts([("home", spent)])
     assert registry.account(consumer, version, JANUARY_S) == spent
     february = registry.account(consumer, version, FEBRUARY_S)
     assert (february.period_start_s, february.history.total) == (period_start(FEBRUARY_S), 0)
-    registry.keep_accounts({"home": Account(february.period_start_s, 1, History((1, 0), 1))})
+    registry.keep_accounts([("home", Account(february.period_start_s, 1, History((1, 0), 1)))])
     # A late demand of January is decided by January's account, from a fresh start too.
     assert registry.account(consumer, version, JANUARY_S) == spent
     assert Registry(store).account(consumer, version, JANUARY_S) == spent

@@ -1,0 +1,186 @@
+"""What contracts and providers choose beyond sources, from meter to ledger: windows, providers, prices, reserves.
+
+T0 is an hour before a month ends: the first two intervals are the last of a day and of a month.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from broker.market.contracts import ShortageChoice
+from broker.market.terms import make_terms
+from broker.market.windows import Window
+from broker.protocol.messages import DeliveryState
+from broker.protocol.sources import Source
+from broker.service.store import BrokerStore, DeliveryRow
+from simulation import audit
+from simulation.world import INTERVAL_S, T0, Books, ConsumerPlan, DevicePlan, Plan, World
+
+SECOND = T0 + INTERVAL_S
+THIRD = SECOND + INTERVAL_S
+
+
+def consumer(meter: str, source: str, *energies_wh: int, broker: str = "east", **choices: Any) -> ConsumerPlan:
+    return ConsumerPlan(meter, broker, ((source, 100),), energies_wh, choices=choices)
+
+
+def roof(*energies_wh: int, owner: str = "ola", device: str = "roof", broker: str = "east", **more: Any) -> DevicePlan:
+    return DevicePlan(device, owner, broker, Source.SOLAR, energies_wh, **more)
+
+
+def run(folder: Path, *members: ConsumerPlan | DevicePlan, brokers: tuple[str, ...] = ("east",)) -> tuple[World, Books]:
+    consumers = tuple([member for member in members if isinstance(member, ConsumerPlan)])
+    devices = tuple([member for member in members if isinstance(member, DevicePlan)])
+    world = World(Plan(brokers, "east", consumers, devices), folder)
+    books = world.run()
+    audit.check(world, books)
+    return world, books
+
+
+def world_deliveries(world: World) -> list[DeliveryRow]:
+    store = BrokerStore(world.brokers["east"].config.database)
+    rows = list(store.all_deliveries())
+    store.close()
+    return rows
+
+
+def test_a_day_window_is_filled_by_the_next_interval_of_the_day_and_not_by_the_next_day(folder: Path) -> None:
+    world, books = run(folder, consumer("anna", "solar", 300, 300, 0, window=Window.DAY), roof(0, 450, 900))
+    assert books.delivered_wh == {("anna", T0, "solar"): 225, ("anna", SECOND, "solar"): 225}
+    assert books.unmatched_wh["anna", T0] == 75
+    assert books.kept_wh == {("east", THIRD, "solar"): 900}
+    assert world.meters["anna"].final[T0].state is DeliveryState.FINAL
+    assert world.meters["anna"].final[T0].unmatched_wh == 75
+
+
+def test_left_over_energy_of_the_day_serves_a_later_demand(folder: Path) -> None:
+    _, books = run(folder, consumer("anna", "solar", 0, 300, 300, window=Window.DAY), roof(500, 0, 0))
+    assert books.delivered_wh == {("anna", SECOND, "solar"): 300}
+    assert books.unmatched_wh["anna", THIRD] == 300
+
+
+def test_interval_demands_come_before_longer_windows(folder: Path) -> None:
+    _, books = run(
+        folder,
+        consumer("anna", "solar", 300, 0, window=Window.MONTH),
+        consumer("ben", "solar", 300, 0, window=Window.DAY),
+        consumer("cleo", "solar", 300, 0),
+        roof(500, 300),
+    )
+    assert books.delivered_wh == {
+        ("cleo", T0, "solar"): 300,
+        ("ben", T0, "solar"): 300,
+        ("anna", T0, "solar"): 200,
+    }
+
+
+def test_what_waits_is_not_claimed_again_by_the_next_demand(folder: Path) -> None:
+    """Half solar by contract: the second demand asks for its own half only, since the first half still waits."""
+    anna = ConsumerPlan("anna", "east", (("solar", 50), ("wind", 50)), (200, 200), choices={"window": Window.DAY})
+    mill = DevicePlan("mill", "ola", "east", Source.WIND, (500, 500))
+    _, books = run(folder, anna, roof(0, 500), mill)
+    assert books.delivered_wh == {
+        (meter, start_s, source): 100 for meter in ("anna",) for start_s in (T0, SECOND) for source in ("solar", "wind")
+    }
+
+
+def test_open_demands_survive_a_restart(folder: Path) -> None:
+    plan = Plan(("east",), "east", (consumer("anna", "solar", 300, 0, window=Window.DAY),), (roof(0, 450),))
+    world = World(plan, folder)
+    world.run(SECOND + 60)
+    books = world.run()
+    audit.check(world, books)
+    assert books.delivered_wh == {("anna", T0, "solar"): 300}
+
+
+def test_a_neighbour_fills_what_is_open(folder: Path) -> None:
+    _, books = run(
+        folder,
+        consumer("anna", "solar", 300, 0, broker="west", window=Window.DAY),
+        roof(0, 450),
+        brokers=("east", "west"),
+    )
+    assert books.delivered_wh == {("anna", T0, "solar"): 300}
+    assert books.bought_wh == {("west", SECOND, "solar"): 300}
+
+
+def test_an_excluded_provider_is_left_alone_its_own_and_a_neighbours(folder: Path) -> None:
+    _, books = run(
+        folder,
+        consumer("anna", "solar", 300, excluded_providers=["ola"]),
+        roof(200),
+        roof(100, owner="pia", device="barn"),
+        roof(900, device="hall", broker="west"),
+        brokers=("east", "west"),
+    )
+    assert books.delivered_wh == {("anna", T0, "solar"): 100}
+
+
+def test_a_price_ceiling_holds_at_home_and_towards_neighbours(folder: Path) -> None:
+    _, books = run(
+        folder,
+        consumer("anna", "solar", 300, highest_price=90),
+        consumer("ben", "solar", 100),
+        roof(200, terms=make_terms(91)),
+        roof(50, device="barn", terms=make_terms(90)),
+        roof(900, device="hall", broker="west", terms=make_terms(91)),
+        brokers=("east", "west"),
+    )
+    assert books.delivered_wh == {("anna", T0, "solar"): 50, ("ben", T0, "solar"): 100}
+    assert not books.bought_wh
+
+
+def test_a_preferred_provider_comes_first(folder: Path) -> None:
+    world, _ = run(
+        folder,
+        consumer("anna", "solar", 100, preferred_providers=["pia"]),
+        consumer("ben", "solar", 100),
+        roof(100),
+        roof(100, owner="pia", device="zenith"),
+    )
+    got = {(row.meter, row.device) for row in world_deliveries(world)}
+    assert got == {("anna", "zenith"), ("ben", "roof")}
+
+
+def test_an_exclusive_share_goes_to_nobody_else_and_a_reserve_to_no_neighbour(folder: Path) -> None:
+    kept = make_terms(100, reserve_ppm=300_000, exclusive_ppm=500_000, exclusive_for=["anna"])
+    _, books = run(
+        folder,
+        consumer("anna", "solar", 400),
+        consumer("ben", "solar", 100),
+        consumer("cleo", "solar", 1_000, broker="west"),
+        roof(1_000, terms=kept),
+        brokers=("east", "west"),
+    )
+    # 500 Wh are anna's alone, 300 Wh are for anna and ben, 200 Wh for everybody.
+    assert books.delivered_wh["anna", T0, "solar"] == 400
+    assert books.delivered_wh["ben", T0, "solar"] == 100
+    assert books.bought_wh == {("west", T0, "solar"): 200}
+
+
+def test_a_contract_that_has_ended_serves_no_demand_any_more(folder: Path) -> None:
+    world = World(
+        Plan(("east",), "east", (consumer("anna", "solar", 100, 100, valid_until_s=SECOND),), (roof(100, 100),)), folder
+    )
+    books = world.run()
+    assert books.delivered_wh == {("anna", T0, "solar"): 100}
+    (refused,) = world.meters["anna"].refused.values()
+    assert "no contract for this interval" in (refused.reason or "")
+
+
+def test_the_shortage_choice_respects_prices_and_providers(folder: Path) -> None:
+    anna = ConsumerPlan(
+        "anna",
+        "east",
+        (("wind", 100),),
+        (500,),
+        ShortageChoice.ANY,
+        choices={"highest_price": 100, "excluded_providers": ["pia"]},
+    )
+    _, books = run(
+        folder,
+        anna,
+        roof(100, terms=make_terms(100)),
+        roof(100, device="barn", terms=make_terms(101)),
+        roof(100, device="hall", owner="pia", terms=make_terms(100)),
+    )
+    assert books.delivered_wh == {("anna", T0, "solar"): 100}
