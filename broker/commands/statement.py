@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from broker.commands.common import DONE, FAILED, add_command, add_config_option, print_csv, print_table, time_of
 from broker.config import load_broker_config, load_genesis
+from broker.market.windows import Span, Window, window_span
+from broker.protocol.market_time import Interval
 from broker.protocol.messages import Genesis
 from firmware_config.loader import WrongValue
 
 if TYPE_CHECKING:
     from broker.market.statements import Account, Books
-    from broker.service.accounts import PartyStatement, Span, Standing
+    from broker.service.accounts import PartyStatement, Standing
     from broker.service.store import BrokerStore
 
 
@@ -88,7 +90,7 @@ def _statement(options: argparse.Namespace) -> int:
     return FAILED if faults else DONE
 
 
-def _of_party(options: argparse.Namespace, store: "BrokerStore", genesis: Genesis, span: "Span") -> "PartyStatement":
+def _of_party(options: argparse.Namespace, store: "BrokerStore", genesis: Genesis, span: Span) -> "PartyStatement":
     from broker.service import accounts
 
     if options.consumer is not None:
@@ -98,22 +100,19 @@ def _of_party(options: argparse.Namespace, store: "BrokerStore", genesis: Genesi
     return accounts.neighbour_statement(store, genesis, options.neighbour, span)
 
 
-def _span(options: argparse.Namespace, genesis: Genesis) -> "Span":
+def _span(options: argparse.Namespace, genesis: Genesis) -> Span:
     """The period that was asked for. Raises WrongValue unless it is made of whole market intervals."""
-    from broker.service.accounts import Span
-
     if (options.from_time is None) != (options.until is None):
         raise WrongValue("--until", "together with --from, and only with it")
     if options.month is not None:
-        begin = _date("--month", f"{options.month}-01", "2026-01")
-        end = datetime(begin.year + begin.month // 12, begin.month % 12 + 1, 1, tzinfo=UTC)
-        span = Span(int(begin.timestamp()), int(end.timestamp()))
+        since_s = int(_date("--month", f"{options.month}-01", "2026-01").timestamp())
+        span = window_span(Window.MONTH, Interval(since_s, since_s + genesis.interval_s))
     elif options.day is not None:
         since_s = int(_date("--day", options.day, "2026-01-31").timestamp())
         span = Span(since_s, since_s + 86_400)
     else:
         span = Span(time_of(options.from_time), time_of(options.until))
-    if span.since_s >= span.until_s or span.since_s % genesis.interval_s or span.until_s % genesis.interval_s:
+    if span.start_s >= span.end_s or span.start_s % genesis.interval_s or span.end_s % genesis.interval_s:
         raise WrongValue("--from", f"a period of whole market intervals of {genesis.interval_s} s, its end after it")
     return span
 
@@ -125,18 +124,18 @@ def _date(option: str, text: str, example: str) -> datetime:
         raise WrongValue(option, f"for example {example}") from None
 
 
-def _head(genesis: Genesis, broker: str, party: str | None, span: "Span", standing: "Standing") -> dict[str, Any]:
+def _head(genesis: Genesis, broker: str, party: str | None, span: Span, standing: "Standing") -> dict[str, Any]:
     """What every form of a statement begins with."""
     return {
         "ledger": genesis.ledger,
         "currency": genesis.currency,
         "broker": broker,
         "party": party,
-        "from_s": span.since_s,
-        "until_s": span.until_s,
+        "from_s": span.start_s,
+        "until_s": span.end_s,
         "interval_s": genesis.interval_s,
         "height": standing.height,
-        "complete": standing.closed_until_s >= span.until_s,
+        "complete": standing.closed_until_s >= span.end_s,
         "provisional": standing.closed_until_s < standing.provisional_until_s,
         "provisional_until_s": standing.provisional_until_s,
     }

@@ -46,8 +46,8 @@ class Trade(NamedTuple):
     """`energy_wh` Wh that changed hands for one market interval at `price` µ-currency per kWh.
 
     `start_s` is the interval that it is settled in. `paid` is the price that the broker had paid for what it passes on,
-    and `earlier` says that this was in another period; neither means anything where energy comes in. A named tuple,
-    because a period of a large broker has millions of them.
+    and `other_period` says that it was generated outside of the period; neither means anything where energy comes in. A
+    named tuple, because a period of a large broker has millions of them.
     """
 
     flow: Flow
@@ -58,7 +58,7 @@ class Trade(NamedTuple):
     price: int
     energy_wh: int
     paid: int = 0
-    earlier: bool = False
+    other_period: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,20 +166,20 @@ class _OpenAccount:
 class _OwnSums:
     """A source's row of the broker's own account while it is added up; costs in nano-currency."""
 
-    __slots__ = ("bought_nano", "bought_wh", "earlier_nano", "earlier_wh", "here_nano", "here_wh")
+    __slots__ = ("bought_nano", "bought_wh", "here_nano", "here_wh", "other_nano", "other_wh")
 
     def __init__(self) -> None:
         self.bought_wh = self.bought_nano = 0
         self.here_wh = self.here_nano = 0
-        self.earlier_wh = self.earlier_nano = 0
+        self.other_wh = self.other_nano = 0
 
     def add(self, trade: Trade) -> None:
         if trade.flow.into_broker:
             self.bought_wh += trade.energy_wh
             self.bought_nano += trade.energy_wh * trade.price
-        elif trade.earlier:
-            self.earlier_wh += trade.energy_wh
-            self.earlier_nano += trade.energy_wh * trade.paid
+        elif trade.other_period:
+            self.other_wh += trade.energy_wh
+            self.other_nano += trade.energy_wh * trade.paid
         else:
             self.here_wh += trade.energy_wh
             self.here_nano += trade.energy_wh * trade.paid
@@ -221,21 +221,21 @@ def _own_lines(accounts: Iterable[Account], sums: Mapping[Source, _OwnSums]) -> 
             amounts[line.source] += line.amount_micro
     sources = sorted(sums)
     kept_nano = [sums[source].bought_nano - sums[source].here_nano for source in sources]
-    earlier_nano = [sums[source].earlier_nano for source in sources]
+    other_nano = [sums[source].other_nano for source in sources]
     return tuple(
         [
             OwnLine(
                 source,
                 sums[source].bought_wh,
                 bought_micro[source],
-                sums[source].earlier_wh,
+                sums[source].other_wh,
                 to_micro(from_stock),
-                sums[source].here_wh + sums[source].earlier_wh,
+                sums[source].here_wh + sums[source].other_wh,
                 passed_on_micro[source],
                 sums[source].bought_wh - sums[source].here_wh,
                 to_micro(kept),
             )
-            for source, kept, from_stock in zip(sources, kept_nano, earlier_nano, strict=True)
+            for source, kept, from_stock in zip(sources, kept_nano, other_nano, strict=True)
         ]
     )
 

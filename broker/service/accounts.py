@@ -15,7 +15,9 @@ from typing import Final, NamedTuple
 from broker.ledger import inspect
 from broker.ledger.operations import Deliver, Transfer
 from broker.market.statements import Account, Books, Flow, Trade, account_of, books_of
+from broker.market.windows import Span, Window, window_span
 from broker.protocol.envelope import parse
+from broker.protocol.market_time import Interval
 from broker.protocol.messages import Genesis, MessageType, Order
 from broker.protocol.sources import Source
 from broker.service.store import BrokerStore, IntervalState, SettledRow
@@ -29,19 +31,11 @@ class AccountsError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
-    """The period `[since_s, until_s)`, made of whole market intervals."""
-
-    since_s: int
-    until_s: int
-
-
-@dataclass(frozen=True, slots=True)
 class Standing:
     """How final a statement is.
 
     `height` is the ledger's up to which it holds. Intervals that end up to `closed_until_s` are closed here; until
-    this broker's market time has come to `provisional_until_s`, corrections can still change what the period holds.
+    `provisional_until_s` is closed, corrections and deliveries within a window can still change what the period holds.
     """
 
     height: int
@@ -70,8 +64,8 @@ def consumer_statement(store: BrokerStore, genesis: Genesis, meter: str, span: S
     if store.consumer(meter) is None:
         raise AccountsError(f"no consumer {meter} is registered here; see `energy-broker list consumers`")
     with _one_moment(store):
-        demanded_wh = store.demanded_wh(meter, span.since_s, span.until_s)
-        trades = _passed_on(Flow.DELIVERED, store.settled_deliveries(span.since_s, span.until_s, meter), span)
+        demanded_wh = store.demanded_wh(meter, span.start_s, span.end_s)
+        trades = _passed_on(Flow.DELIVERED, store.settled_deliveries(span.start_s, span.end_s, meter), span)
         account = account_of(Flow.DELIVERED, meter, trades)
         return PartyStatement(meter, (account,), _standing(store, genesis, span), demanded_wh)
 
@@ -88,7 +82,7 @@ def provider_statement(store: BrokerStore, genesis: Genesis, owner: str, span: S
 def neighbour_statement(store: BrokerStore, genesis: Genesis, neighbour: str, span: Span) -> PartyStatement:
     """What was bought from a neighbour and sold to it; one that never traded has two empty accounts."""
     with _one_moment(store):
-        sold = _passed_on(Flow.SOLD, store.settled_sales(span.since_s, span.until_s), span)
+        sold = _passed_on(Flow.SOLD, store.settled_sales(span.start_s, span.end_s), span)
         accounts = (
             account_of(Flow.BOUGHT, neighbour, _came_in(store, Flow.BOUGHT, span)),
             account_of(Flow.SOLD, neighbour, sold),
@@ -108,12 +102,12 @@ def own_books(store: BrokerStore, genesis: Genesis, broker: str, span: Span) -> 
 def _all_trades(store: BrokerStore, span: Span) -> Iterator[Trade]:
     for flow in (Flow.PROVIDED, Flow.BOUGHT):
         yield from _came_in(store, flow, span)
-    yield from _passed_on(Flow.SOLD, store.settled_sales(span.since_s, span.until_s), span)
-    yield from _passed_on(Flow.DELIVERED, store.settled_deliveries(span.since_s, span.until_s), span)
+    yield from _passed_on(Flow.SOLD, store.settled_sales(span.start_s, span.end_s), span)
+    yield from _passed_on(Flow.DELIVERED, store.settled_deliveries(span.start_s, span.end_s), span)
 
 
 def _came_in(store: BrokerStore, flow: Flow, span: Span) -> Iterator[Trade]:
-    for row in store.transfers(flow, span.since_s, span.until_s):
+    for row in store.transfers(flow, span.start_s, span.end_s):
         energy_wh = row.to_wh - row.from_wh
         yield Trade(flow, row.party, row.asset_start_s, Source(row.source), row.device, row.price, energy_wh)
 
@@ -125,16 +119,19 @@ def _passed_on(flow: Flow, rows: Iterator[SettledRow], span: Span) -> Iterator[T
                 f"{row.energy_wh} Wh of {row.device} at {row.asset_start_s} went to {row.party} and never came here;"
                 " compare this database with the ledger (`energy-broker statement --own --check`)"
             )
-        earlier = not span.since_s <= row.asset_start_s < span.until_s
+        other = not span.start_s <= row.asset_start_s < span.end_s
         source = Source(row.source)
-        yield Trade(flow, row.party, row.start_s, source, row.device, row.price, row.energy_wh, row.paid, earlier)
+        yield Trade(flow, row.party, row.start_s, source, row.device, row.price, row.energy_wh, row.paid, other)
 
 
 def _standing(store: BrokerStore, genesis: Genesis, span: Span) -> Standing:
     cursor = store.ledger_cursor()
     closed_s = store.last_interval(IntervalState.CLOSED)
     closed_until_s = 0 if closed_s is None else closed_s + genesis.interval_s
-    return Standing(0 if cursor is None else cursor[0], closed_until_s, span.until_s + genesis.correction_deadline_s)
+    # A demand with the longest window can still be filled, until then, for an interval that is closed.
+    last = Interval(span.end_s - genesis.interval_s, span.end_s)
+    final_s = max(span.end_s + genesis.correction_deadline_s, window_span(Window.MONTH, last).end_s)
+    return Standing(0 if cursor is None else cursor[0], closed_until_s, final_s)
 
 
 @contextmanager
@@ -208,7 +205,7 @@ def ledger_faults(
         if Flow.DELIVERED in flows:
             meters = {
                 (row.start_s, row.pseudonym): row.meter
-                for start_s in range(span.since_s, span.until_s, genesis.interval_s)
+                for start_s in range(span.start_s, span.end_s, genesis.interval_s)
                 for row in store.messages(start_s, MessageType.DEMAND)
                 if row.pseudonym is not None and party in (None, row.meter)
             }
@@ -223,7 +220,7 @@ def ledger_faults(
                 moved is not None
                 and moved.flow in flows
                 and party in (None, moved.party)
-                and span.since_s <= moved.start_s < span.until_s
+                and span.start_s <= moved.start_s < span.end_s
             ):
                 on_ledger[moved] += 1
         elif isinstance(operation, Deliver) and (operation.start_s, operation.pseudonym) in meters:
@@ -242,7 +239,7 @@ def ledger_faults(
 
 def _recorded_transfers(store: BrokerStore, span: Span, flows: Sequence[Flow], party: str | None) -> Iterator[_Moved]:
     for flow in flows:
-        for row in store.transfers(flow, span.since_s, span.until_s):
+        for row in store.transfers(flow, span.start_s, span.end_s):
             if party in (None, row.party):
                 named = row.device, row.asset_start_s, row.asset_revision, row.from_wh, row.to_wh
                 yield _Moved(flow, row.party, *named, row.price, row.order_id)
@@ -252,7 +249,7 @@ def _recorded_deliveries(
     store: BrokerStore, span: Span, meters: dict[tuple[int, bytes], str], party: str | None
 ) -> Iterator[_Given]:
     pseudonyms = {(start_s, meter): pseudonym for (start_s, pseudonym), meter in meters.items()}
-    for row in store.committed_deliveries(span.since_s, span.until_s):
+    for row in store.committed_deliveries(span.start_s, span.end_s):
         if party in (None, row.meter):
             named = row.device, row.asset_start_s, row.asset_revision, row.from_wh, row.to_wh
             yield _Given(pseudonyms[row.start_s, row.meter], row.start_s, *named)

@@ -12,10 +12,11 @@ from support.ledger_world import key
 from broker.ledger.embedded import EmbeddedLedger
 from broker.ledger.operations import Close, Deliver, Issue, Operation, Transfer, Void, Window, decode_operation
 from broker.market.statements import market_faults
+from broker.market.windows import Span
 from broker.protocol.envelope import Signer, open_envelope, parse
 from broker.protocol.messages import Batch, Block, MessageType, Order, Reading
 from broker.protocol.sources import Source
-from broker.service.accounts import Span, ledger_faults, own_books
+from broker.service.accounts import ledger_faults, own_books
 from broker.service.store import BrokerStore, IntervalState, WorkState
 from simulation.world import INTERVAL_S, LEDGER, T0, Books, World
 

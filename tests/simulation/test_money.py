@@ -16,11 +16,12 @@ from broker import cli
 from broker.ledger.inspect import operations
 from broker.ledger.operations import Transfer
 from broker.market.statements import Books, Flow, book_faults, market_faults
+from broker.market.windows import Span
 from broker.protocol.envelope import parse
 from broker.protocol.messages import Order
 from broker.service.accounts import (
     AccountsError,
-    Span,
+    Standing,
     consumer_statement,
     ledger_faults,
     neighbour_statement,
@@ -164,9 +165,34 @@ def test_the_database_and_the_ledger_say_the_same_until_one_is_changed(folder: P
     assert len(faults("west", flows=(Flow.DELIVERED,), party="ben")) == 1
     assert faults("west", flows=(Flow.DELIVERED,), party="cleo") == ()
     assert faults("east") == ()
+    store = BrokerStore(world.brokers["east"].config.database)
+    cursor = store.ledger_cursor()
+    assert cursor is not None
+    # A copy that ends too early is named, and what comes after the broker's own height does not count.
+    store.set_ledger_cursor(cursor[0] + 1, cursor[1])
+    (fault,) = faults("east")
+    assert f"ends at height {cursor[0]}" in fault
+    store.set_ledger_cursor(1, cursor[1])
+    assert faults("east")
+    assert all(fault.startswith("not on the ledger") for fault in faults("east"))
+    store.close()
     other = replace(world.genesis, currency="JPY")
     (fault,) = in_store(world, "east", lambda s: ledger_faults(s, other, "east", folder / "ledger", WHOLE))
     assert "another genesis" in fault
+
+
+def test_a_statement_is_final_when_neither_corrections_nor_windows_can_change_it(folder: Path) -> None:
+    world = run(PAIR, folder)
+    genesis = replace(world.genesis, correction_deadline_s=3_600)
+    january, february = Span(T0, T0 + 2 * INTERVAL_S), Span(T0 + 2 * INTERVAL_S, T0 + 3 * INTERVAL_S)
+
+    def standing(span: Span) -> Standing:
+        return in_store(world, "east", lambda store: consumer_statement(store, genesis, "anna", span)).standing
+
+    assert standing(january).closed_until_s == T0 + 5 * INTERVAL_S
+    assert standing(january).provisional_until_s == january.end_s + 3_600
+    # A window of a month is open to its last day.
+    assert standing(february).provisional_until_s == february.start_s + 28 * 86_400
 
 
 def test_energy_that_never_came_here_cannot_be_in_the_books(folder: Path) -> None:

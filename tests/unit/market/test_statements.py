@@ -102,7 +102,7 @@ def test_the_margin_is_what_is_left_of_what_was_passed_on() -> None:
         [
             Trade(Flow.PROVIDED, "ola", T0, SOLAR, "roof", 90_000, 2_000),
             Trade(Flow.DELIVERED, "home", T0, SOLAR, "roof", tariff.for_consumers(90_000), 1_000, 90_000),
-            Trade(Flow.SOLD, "west", T0, SOLAR, "roof", tariff.for_neighbours(80_000), 500, 80_000, earlier=True),
+            Trade(Flow.SOLD, "west", T0, SOLAR, "roof", tariff.for_neighbours(80_000), 500, 80_000, other_period=True),
         ],
     )
     (line,) = books.own
