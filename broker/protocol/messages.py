@@ -75,6 +75,8 @@ class MessageType(IntEnum):
     KEY_REVOCATION = 23
     VALIDATOR_CHANGE = 24
     WITNESS = 25
+    FORECAST = 27
+    HINT = 28
 
 
 class Quality(IntEnum):
@@ -439,6 +441,80 @@ class Stock(Message):
         Field(2, "end_s", Unsigned()),
         Field(3, "offers", Many(Row((Choice(Source), Unsigned(), Unsigned()), SourceOffer), 16)),
     )
+
+
+MIN_INTERVALS_OF_DAY: Final = 24
+MAX_INTERVALS_OF_DAY: Final = 96
+
+
+@dataclass(frozen=True, slots=True)
+class SourceOutlook:
+    """What a broker expects of one source in the interval with that index of a day: Wh it will lack or have left."""
+
+    source: Source
+    interval: int
+    shortage_wh: int
+    surplus_wh: int
+
+
+_OUTLOOK: Final = Row((Choice(Source), Unsigned(MAX_INTERVALS_OF_DAY - 1), Unsigned(), Unsigned()), SourceOutlook)
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast(Message):
+    """What a broker expects of the UTC day `[start_s, end_s)`, made the day before; retained and coarse.
+
+    A hint for whom to ask: nobody owes what stands in it. `outlooks` leave out where neither is expected.
+    `group_shortages_wh` is, for each interval, what will be lacking for contract lines that leave the source open.
+    """
+
+    broker: str
+    start_s: int
+    end_s: int
+    outlooks: tuple[SourceOutlook, ...]
+    group_shortages_wh: tuple[int, ...]
+
+    TYPE: ClassVar[MessageType] = MessageType.FORECAST
+    FIELDS: ClassVar[tuple[Field, ...]] = (
+        Field(0, "broker", Name()),
+        Field(1, "start_s", Unsigned()),
+        Field(2, "end_s", Unsigned()),
+        Field(3, "outlooks", Many(_OUTLOOK, len(Source) * MAX_INTERVALS_OF_DAY)),
+        Field(4, "group_shortages_wh", Many(Unsigned(), MAX_INTERVALS_OF_DAY, minimum=MIN_INTERVALS_OF_DAY)),
+    )
+
+
+class SupplyLevel(IntEnum):
+    """How much of a consumer's contract is expected to be filled in an interval, and whether there will be more."""
+
+    SCARCE = 0
+    SHORT = 1
+    ENOUGH = 2
+    PLENTIFUL = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Hint(Message):
+    """For one consumer: how well its contract's sources will be supplied on the UTC day `[start_s, end_s)`.
+
+    One level an interval. Retained on the meter's own topic; of two for the same day the one made later counts.
+    """
+
+    meter: str
+    start_s: int
+    end_s: int
+    made_s: int
+    levels: tuple[SupplyLevel, ...]
+
+    TYPE: ClassVar[MessageType] = MessageType.HINT
+    FIELDS: ClassVar[tuple[Field, ...]] = (
+        Field(0, "meter", Name()),
+        Field(1, "start_s", Unsigned()),
+        Field(2, "end_s", Unsigned()),
+        Field(3, "made_s", Unsigned()),
+        Field(4, "levels", Many(Choice(SupplyLevel), MAX_INTERVALS_OF_DAY, minimum=MIN_INTERVALS_OF_DAY)),
+    )
+    MAX_BYTES: ClassVar[int] = MAX_METER_MESSAGE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -864,5 +940,7 @@ MESSAGE_CLASSES: Final[dict[MessageType, type[Message]]] = {
         KeyRevocation,
         ValidatorChange,
         Witness,
+        Forecast,
+        Hint,
     )
 }

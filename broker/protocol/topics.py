@@ -38,6 +38,10 @@ class Topics:
     def stock(self, broker: str) -> str:
         return f"{self.root}/brokers/{broker}/stock"
 
+    def forecast(self, broker: str) -> str:
+        """What `broker` expects of the next day."""
+        return f"{self.root}/brokers/{broker}/forecast"
+
     def ledger_submit(self, ledger: str) -> str:
         """Batches and queries to the ledger."""
         return f"{self.root}/ledger/{ledger}/submit"

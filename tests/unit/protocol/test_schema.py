@@ -229,13 +229,14 @@ def test_asyncapi_names_every_message_once_with_its_type_rule_and_limit() -> Non
 
 def test_asyncapi_describes_exactly_the_topics_of_the_topic_builder() -> None:
     topics = Topics()
-    leaves = ("reading", "demand", "status", "receipt", "delivery")
+    leaves = ("reading", "demand", "status", "receipt", "delivery", "hint")
     built = {topics.meter("{broker}", "{meter}", leaf) for leaf in leaves} | {
         topics.request("{broker}"),
         topics.response("{broker}", "{peer}"),
         topics.cleared("{broker}"),
         topics.broker_status("{broker}"),
         topics.stock("{broker}"),
+        topics.forecast("{broker}"),
         topics.ledger_submit("{ledger}"),
         topics.ledger_result("{ledger}", "{client}"),
         topics.ledger_feed("{ledger}"),
