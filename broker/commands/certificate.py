@@ -3,11 +3,11 @@
 import argparse
 import json
 import time
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from broker.commands.common import DONE, add_command, add_config_option, add_group, print_row, time_of
+from broker.commands.common import DONE, add_command, add_config_option, add_group, print_row
+from broker.commands.period import add_period_options, period_of
 from broker.config import UNMATCHED_LABEL, BrokerConfig, load_broker_config, load_genesis
 from broker.protocol.keys import load_private_key
 from broker.protocol.sources import Source
@@ -27,10 +27,7 @@ def add_commands(commands: Any) -> None:
     issue = add_command(group, "issue", "Write a consumer's certificate for a period.", _issue)
     add_config_option(issue)
     issue.add_argument("--meter", required=True, metavar="NAME", help="the consumer's meter")
-    issue.add_argument("--from", dest="from_", metavar="TIME", help="begin, for example 2026-01-31T00:00:00Z")
-    issue.add_argument("--to", metavar="TIME", help="end, not included")
-    issue.add_argument("--month", metavar="MONTH", help="in place of both: a month in UTC, for example 2026-01")
-    issue.add_argument("--day", metavar="DAY", help="in place of both: a day in UTC, for example 2026-01-31")
+    add_period_options(issue)
     issue.add_argument(
         "--ledger", type=Path, metavar="PATH", help="the ledger's directory; default: [ledger.host] path"
     )
@@ -79,7 +76,7 @@ def _issue(options: argparse.Namespace) -> int:
             config.broker.name,
             load_private_key(config.broker.key_file),
             options.meter,
-            _period(options),
+            period_of(options),
             int(time.time()),
             factors,
             factors_source,
@@ -243,21 +240,3 @@ def _factors(config: BrokerConfig) -> tuple[list["Factor"], str]:
     }
     source = f"{section.factors_source}; else {DEFAULT_FACTORS_SOURCE}" if own else DEFAULT_FACTORS_SOURCE
     return [Factor(number, mg) for number, mg in sorted({**DEFAULT_FACTORS, **own}.items())], source
-
-
-def _period(options: argparse.Namespace) -> tuple[int, int]:
-    """The period as [from_s, to_s). Raises WrongValue unless it is given in exactly one way."""
-    given = [name for name in ("month", "day") if getattr(options, name) is not None]
-    if len(given) == 1 and options.from_ is None and options.to is None:
-        form, length = ("%Y-%m", 32) if given == ["month"] else ("%Y-%m-%d", 1)
-        text = getattr(options, given[0])
-        try:
-            begin = datetime.strptime(text, form).replace(tzinfo=UTC)
-        except ValueError:
-            example = "2026-01" if given == ["month"] else "2026-01-31"
-            raise WrongValue(f"--{given[0]}", f"for example {example}, got {text!r}") from None
-        end = begin + timedelta(days=length)
-        return int(begin.timestamp()), int((end.replace(day=1) if length > 1 else end).timestamp())
-    if given or options.from_ is None or options.to is None:
-        raise WrongValue("--month", "a period: --month, or --day, or --from and --to")
-    return time_of(options.from_), time_of(options.to)

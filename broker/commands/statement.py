@@ -8,10 +8,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from broker.commands.common import DONE, FAILED, add_command, add_config_option, print_csv, print_table, time_of
+from broker.commands.common import DONE, FAILED, add_command, add_config_option, print_csv, print_table
+from broker.commands.period import add_period_options, period_of
 from broker.config import load_broker_config, load_genesis
-from broker.market.windows import Span, Window, window_span
-from broker.protocol.market_time import Interval
+from broker.market.windows import Span
 from broker.protocol.messages import Genesis
 from firmware_config.loader import WrongValue
 
@@ -35,11 +35,7 @@ def add_commands(commands: Any) -> None:
     whose.add_argument("--provider", metavar="NAME", help="what a provider's devices gave")
     whose.add_argument("--neighbour", metavar="NAME", help="what was bought from a neighbour and sold to it")
     whose.add_argument("--own", action="store_true", help="this broker's own account, with the totals of all others")
-    period = statement.add_mutually_exclusive_group(required=True)
-    period.add_argument("--month", metavar="MONTH", help="a month in UTC, for example 2026-01")
-    period.add_argument("--day", metavar="DAY", help="a day in UTC, for example 2026-01-31")
-    period.add_argument("--from", dest="from_time", metavar="TIME", help="any period: where it begins, with --until")
-    statement.add_argument("--until", metavar="TIME", help="where it ends; this moment is no part of it")
+    add_period_options(statement)
     statement.add_argument(
         "--by",
         choices=("source", "interval"),
@@ -102,26 +98,10 @@ def _of_party(options: argparse.Namespace, store: "BrokerStore", genesis: Genesi
 
 def _span(options: argparse.Namespace, genesis: Genesis) -> Span:
     """The period that was asked for. Raises WrongValue unless it is made of whole market intervals."""
-    if (options.from_time is None) != (options.until is None):
-        raise WrongValue("--until", "together with --from, and only with it")
-    if options.month is not None:
-        since_s = int(_date("--month", f"{options.month}-01", "2026-01").timestamp())
-        span = window_span(Window.MONTH, Interval(since_s, since_s + genesis.interval_s))
-    elif options.day is not None:
-        since_s = int(_date("--day", options.day, "2026-01-31").timestamp())
-        span = Span(since_s, since_s + 86_400)
-    else:
-        span = Span(time_of(options.from_time), time_of(options.until))
+    span = period_of(options)
     if span.start_s >= span.end_s or span.start_s % genesis.interval_s or span.end_s % genesis.interval_s:
         raise WrongValue("--from", f"a period of whole market intervals of {genesis.interval_s} s, its end after it")
     return span
-
-
-def _date(option: str, text: str, example: str) -> datetime:
-    try:
-        return datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC)
-    except ValueError:
-        raise WrongValue(option, f"for example {example}") from None
 
 
 def _head(genesis: Genesis, broker: str, party: str | None, span: Span, standing: "Standing") -> dict[str, Any]:

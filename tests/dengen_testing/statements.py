@@ -15,7 +15,7 @@ def write_statements(workspace: Workspace, folder: Path) -> None:
     folder.mkdir(parents=True)
     period = (
         *("--from", _time(plan.origin_s)),
-        *("--until", _time(plan.origin_s + plan.intervals * plan.interval_s)),
+        *("--to", _time(plan.origin_s + plan.intervals * plan.interval_s)),
     )
     for broker in plan.brokers:
         parties = {

@@ -236,7 +236,7 @@ def said(folder: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tupl
     return command
 
 
-SPAN = ("--from", "2026-01-31T23:00:00Z", "--until", "2026-02-01T01:00:00Z")
+SPAN = ("--from", "2026-01-31T23:00:00Z", "--to", "2026-02-01T01:00:00Z")
 
 
 def test_a_statement_has_what_an_invoice_needs(said: Callable[..., tuple[int, str, str]], folder: Path) -> None:
@@ -291,9 +291,9 @@ def test_tables_are_for_people(said: Callable[..., tuple[int, str, str]]) -> Non
         (("--provider", "nobody", *SPAN), 1, "no device of nobody"),
         (("--own", "--month", "2026-13"), 2, "for example 2026-01"),
         (("--own", "--day", "yesterday"), 2, "for example 2026-01-31"),
-        (("--own", "--from", "2026-01-31T23:00:00Z"), 2, "together with --from"),
-        (("--own", "--day", "2026-01-31", "--until", "2026-01-31T23:00:00Z"), 2, "together with --from"),
-        (("--own", "--from", "2026-01-31T23:10:00Z", "--until", "2026-02-01T01:00:00Z"), 2, "whole market intervals"),
+        (("--own", "--from", "2026-01-31T23:00:00Z"), 2, "or --from and --to"),
+        (("--own", "--day", "2026-01-31", "--to", "2026-01-31T23:00:00Z"), 2, "or --from and --to"),
+        (("--own", "--from", "2026-01-31T23:10:00Z", "--to", "2026-02-01T01:00:00Z"), 2, "whole market intervals"),
         (("--own", "--day", "2026-01-31", "--by", "interval"), 2, "each partner's statement"),
         (("--own", *SPAN, "--check", "nowhere"), 1, "holds no"),
     ],
