@@ -1,10 +1,11 @@
 """`energy-broker consumer`: consumers and their contracts."""
 
 import argparse
+import sys
 import time
 from typing import Any
 
-from broker.commands.common import DONE, add_command, add_config_option, add_group
+from broker.commands.common import DONE, add_command, add_config_option, add_group, not_negative
 from broker.commands.consumer_contract import add_contract_options, contract_of, contract_sentence
 from broker.config import load_broker_config, load_genesis, parse_public_key
 from broker.market.contracts import Contract
@@ -21,10 +22,18 @@ def add_commands(commands: Any) -> None:
         add_config_option(parser)
         parser.add_argument("--meter", required=True, metavar="NAME", help="the consumer's meter")
         add_contract_options(parser, from_required=parser is contract)
+    add.add_argument(
+        "--expect-wh-a-day",
+        type=not_negative,
+        default=10_000,
+        metavar="WH",
+        help="consumption to hold the contract against what was left over lately; default 10000",
+    )
     add.add_argument("--key", required=True, metavar="KEY", help="the meter's public key (`meter-agent` signs with it)")
 
 
 def _consumer_add(options: argparse.Namespace) -> int:
+    from broker.service.outlook import DAYS, contract_outlook
     from broker.service.registration import add_consumer
     from broker.service.store import BrokerStore
 
@@ -34,9 +43,19 @@ def _consumer_add(options: argparse.Namespace) -> int:
     store = BrokerStore(config.database)
     try:
         add_consumer(store, genesis, options.meter, parse_public_key(options.key), contract, int(time.time()))
+        day_wh = options.expect_wh_a_day
+        lines = contract_outlook(store, genesis, contract, day_wh, config.market.consumer_margin)
     finally:
         store.close()
-    return _print_contract(options.meter, contract)
+    _print_contract(options.meter, contract)
+    for line in lines:
+        if line.served_wh < line.wanted_wh:
+            print(
+                f"warning: of {line.target.label}, {line.served_percent} % of what {day_wh} Wh a day need was left over"
+                f" in the last {DAYS} days ({line.served_wh} of {line.wanted_wh} Wh), here and at neighbours",
+                file=sys.stderr,
+            )
+    return DONE
 
 
 def _consumer_contract(options: argparse.Namespace) -> int:

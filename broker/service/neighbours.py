@@ -5,7 +5,7 @@ carried out. A neighbour's *done* is a hint: energy counts only when the ledger'
 is sent again, the stored bytes, after a reconnect or a time-out, and every repeated order gets the same answer.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -56,7 +56,8 @@ MAX_OPEN_ORDERS_IN: Final = 4_096
 COARSE_WH: Final = 100
 """Stock is announced in steps of this, rounded down: enough to choose whom to ask, too little to read off trades."""
 
-KEEP_HEARD_S: Final = 2 * 86_400
+KEEP_HEARD_S: Final = 14 * 86_400
+"""Whom to ask needs what was said last; what a new contract can expect, what was left over in the last weeks."""
 
 
 @dataclass(slots=True)
@@ -422,6 +423,7 @@ class Neighbours:
 
     def announce(self, interval: Interval, clearing: Clearing) -> None:
         """Tell neighbours that this interval is cleared here, what is short, whom we ask, and coarsely what is left."""
+        self._note_left_over(interval)
         if not self._names:
             return
         counts: dict[str, int] = {}
@@ -435,20 +437,34 @@ class Neighbours:
             tuple([NeighbourCount(name, counts[name]) for name in sorted(counts)]),
         )
         self._publish_retained(self._topics.cleared(self._identity.name), self._identity.seal(cleared))
-        # At the lowest price: whoever would pay that can get some, and an order's own limit decides how much.
+        stock = self._stock_message(
+            interval, [(held, self._tariff.for_neighbours(held.price)) for held in self._for_neighbours(interval)]
+        )
+        self._publish_retained(self._topics.stock(self._identity.name), self._identity.seal(stock))
+
+    def _stock_message(self, interval: Interval, priced: Iterable[tuple[HeldSlice, int]]) -> messages.Stock:
+        """Coarsely what these slices are, at the lowest price of each source: whoever would pay that can get some, and
+        an order's own limit decides how much.
+        """
         cheapest: dict[Source, int] = {}
         offered_wh: dict[Source, int] = {}
-        for held in self._for_neighbours(interval):
+        for held, price in priced:
             offered_wh[held.source] = offered_wh.get(held.source, 0) + held.energy_wh
-            price = min(self._tariff.for_neighbours(held.price), MAX_INTEGER)
-            cheapest[held.source] = min(cheapest.get(held.source, price), price)
+            cheapest[held.source] = min(cheapest.get(held.source, MAX_INTEGER), price)
         offers = [
             SourceOffer(source, energy_wh - energy_wh % COARSE_WH, cheapest[source])
             for source, energy_wh in sorted(offered_wh.items())
             if energy_wh >= COARSE_WH
         ]
-        stock = messages.Stock(self._identity.name, interval.start_s, interval.end_s, tuple(offers))
-        self._publish_retained(self._topics.stock(self._identity.name), self._identity.seal(stock))
+        return messages.Stock(self._identity.name, interval.start_s, interval.end_s, tuple(offers))
+
+    def _note_left_over(self, interval: Interval) -> None:
+        """Keep what own consumers left, at the prices paid, beside what neighbours say: new contracts are held against
+        it. What is kept for certain consumers is not in it.
+        """
+        free = [(held, held.price) for held in self._stock.slices(interval) if not held.only_for]
+        payload = self._stock_message(interval, free).to_payload()
+        self._store.set_heard(interval.start_s, MessageType.STOCK, self._identity.name, payload)
 
     def _publish_retained(self, topic: str, raw: bytes) -> None:
         self._store.set_announcement(topic, raw)

@@ -878,6 +878,12 @@ class BrokerStore:
         )
         return dict(rows.fetchall())
 
+    def heard_of(self, kind: MessageType) -> list[tuple[int, str, bytes]]:
+        """(start_s, broker, payload) of all kept announcements of that kind, oldest first."""
+        return self._db.execute(
+            "SELECT start_s, broker, payload FROM heard WHERE kind = ? ORDER BY start_s, broker", (int(kind),)
+        ).fetchall()
+
     def forget_heard(self, before_s: int) -> None:
         """Drop what was heard about intervals that start before."""
         self._db.execute("DELETE FROM heard WHERE start_s < ?", (before_s,))

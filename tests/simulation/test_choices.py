@@ -3,14 +3,16 @@
 T0 is an hour before a month ends: the first two intervals are the last of a day and of a month.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from broker.market.contracts import ShortageChoice
+from broker.market.contracts import ShortageChoice, make_contract
 from broker.market.terms import make_terms
 from broker.market.windows import Window
 from broker.protocol.messages import DeliveryState
 from broker.protocol.sources import Source
+from broker.service.outlook import contract_outlook
 from broker.service.store import BrokerStore, DeliveryRow
 from simulation import audit
 from simulation.world import INTERVAL_S, T0, Books, ConsumerPlan, DevicePlan, Plan, World
@@ -184,3 +186,21 @@ def test_the_shortage_choice_respects_prices_and_providers(folder: Path) -> None
         roof(100, device="hall", owner="pia", terms=make_terms(100)),
     )
     assert books.delivered_wh == {("anna", T0, "solar"): 100}
+
+
+def test_a_new_contract_is_held_against_what_was_left_over(folder: Path) -> None:
+    """East makes 1 000 Wh of sun and uses 300; west hears of the rest, and has nothing of its own."""
+    world, _ = run(
+        folder, consumer("anna", "solar", 300, 300), roof(1_000, 1_000, terms=make_terms(80)), brokers=("east", "west")
+    )
+    contract = make_contract(0, [("solar", 1_000_000)], ShortageChoice.UNMATCHED, area="home")
+    for broker in ("east", "west"):
+        store = BrokerStore(world.brokers[broker].config.database)
+        # 48 intervals a day: 600 Wh and 900 Wh in each.
+        served_wh = [
+            contract_outlook(store, world.genesis, replace(contract, highest_price=limit), 48 * wh, 1)[0].served_wh
+            for wh, limit in ((600, None), (900, None), (600, 80))
+        ]
+        store.close()
+        # 700 Wh were left in two of the intervals; with a margin of 1 they cost 81.
+        assert served_wh == [1_200, 1_400, 0]

@@ -301,3 +301,19 @@ def test_splitting_a_consumption_over_meters_gains_no_more_than_rounding(
         return sum(item.energy_wh for taken in result.taken[: len(parts_wh)] for item in taken)
 
     assert mine(part_wh, whole_wh - part_wh) - mine(whole_wh) <= 3
+
+
+def test_the_example_of_the_market_page() -> None:
+    anna, ben, cleo = (
+        contract(("solar", 100)),
+        contract(("solar", 100), excluded_providers=["ola"]),
+        contract(("solar", 100), preferred_providers=["pia"]),
+    )
+    demands = [demand("anna", 60, anna), demand("ben", 60, ben), demand("cleo", 60, cleo)]
+    result = clear_lots(demands, {lot(SOLAR): 90, lot(SOLAR, "pia"): 30})
+    assert gets(result) == [{SOLAR: 45}, {SOLAR: 30}, {SOLAR: 45}]
+    assert [[result.columns[column][0].provider for column in picked] for picked in result.picked] == [
+        ["ola"],
+        ["pia"],
+        ["ola"],
+    ]

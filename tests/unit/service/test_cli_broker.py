@@ -11,7 +11,8 @@ import pytest
 
 from broker import cli
 from broker.config import load_broker_config
-from broker.protocol.messages import Genesis, MessageType
+from broker.protocol.messages import Genesis, MessageType, SourceOffer, Stock
+from broker.protocol.sources import Source
 from broker.service.store import BatchKind, BatchRow, BrokerStore, OrderInRow, OrderOutRow, WorkState
 
 ROOT = Path(__file__).parents[3]
@@ -189,6 +190,11 @@ WRONG: dict[str, tuple[Callable[[Desk], list[object]], str]] = {
     "a line twice": (lambda d: d.consumer("--line", "solar=5", "--line", "solar=5"), "two lines"),
     "unknown shortage choice": (lambda d: d.consumer("--shortage", "cry"), "unmatched, any or substitutes"),
     "unknown substitute": (lambda d: d.consumer("--shortage", "substitutes:moon"), "moon"),
+    "unknown window": (lambda d: d.consumer("--window", "week"), "interval, day or month"),
+    "a ceiling without a price": (lambda d: d.consumer("--ceiling", "solar"), "SOURCE=PRICE"),
+    "an end before the beginning": (lambda d: d.consumer("--until", "1970-01-01T00:00:00Z"), "after the beginning"),
+    "an exclusive share for nobody": (lambda d: [*d.provider("roof.man"), "--exclusive", "5"], "belong together"),
+    "a reserve of NaN": (lambda d: [*d.provider("roof.man"), "--reserve", "nan"], "percentage"),
     "time without zone": (lambda d: d.consumer("--from", "2026-01-31T00:00:00"), "with its zone"),
     "no time at all": (lambda d: d.consumer("--from", "soon"), "2026-01-31T00:00:00Z"),
     "unknown area": (lambda d: d.consumer("--area", "mars"), "mars"),
@@ -418,3 +424,48 @@ def test_a_database_of_somebody_else_ends_with_1(desk: Desk) -> None:
     code, _, err = desk.run("list", "consumers", "--config", desk.config)
     assert code == 1
     assert "broker.db" in err
+
+
+def test_a_contract_that_could_not_have_been_kept_is_taken_with_a_warning(desk: Desk) -> None:
+    store = desk.store()
+    store.begin()
+    for start_s in (0, 1_800):
+        left_over = Stock("east", start_s, start_s + 1_800, (SourceOffer(Source.SOLAR, 100, 90_000),))
+        store.set_heard(start_s, MessageType.STOCK, "east", left_over.to_payload())
+    store.commit()
+    store.close()
+    sentence = (
+        "warning: of solar, 20 % of what 24000 Wh a day need was left over in the last 14 days (200 of 1000 Wh),"
+        " here and at neighbours\n"
+    )
+    code, out, err = desk.run(*desk.consumer("--line", "solar=100", "--expect-wh-a-day", 24_000))
+    assert (code, out, err) == (0, "home: solar 100 %; when short: unmatched\n", sentence)
+
+
+def test_a_contract_takes_all_that_a_person_may_choose(desk: Desk) -> None:
+    chosen = ("--window", "day", "--prefer", "ola", "--exclude", "pia", "--highest-price", 90, "--ceiling", "solar=80")
+    out = desk.done(*desk.consumer("--line", "solar=100", *chosen, "--until", "2030-01-01T00:00:00Z"))
+    assert out == (
+        "home: solar 100 %; of the same day; first of ola; nothing of pia; at most 90 µ/kWh; solar at most 80 µ/kWh;"
+        " when short: unmatched\n"
+    )
+    (row,) = [
+        json.loads(line)
+        for line in desk.done("list", "contracts", "--config", desk.config, "--json").split("\n")
+        if line
+    ]
+    assert row["window"] == "day"
+    assert (row["preferred_providers"], row["excluded_providers"]) == (["ola"], ["pia"])
+    assert (row["highest_price"], row["price_ceilings"]) == (90, {"solar": 80})
+    assert row["valid_until_s"] == 1_893_456_000
+
+
+def test_a_provider_keeps_shares_for_its_own(desk: Desk) -> None:
+    kept = ("--reserve", "20", "--exclusive", "12.5", "--exclusive-for", "home")
+    desk.done(*desk.provider("ola.reg", "roof.adm", "roof.man"), *kept)
+    (row,) = [
+        json.loads(line)
+        for line in desk.done("list", "providers", "--config", desk.config, "--json").split("\n")
+        if line
+    ]
+    assert (row["reserve_ppm"], row["exclusive_ppm"], row["exclusive_for"]) == (200_000, 125_000, ["home"])
