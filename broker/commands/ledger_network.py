@@ -64,8 +64,8 @@ def _node_init(options: argparse.Namespace) -> int:
 
     genesis = load_genesis(options.genesis)
     key = load_private_key(options.key)
-    if NamedKey(options.name, key.public.cose_key) not in genesis.validators:
-        raise WrongValue("--name", f"a validator of ledger {genesis.ledger}, with its --key")
+    if any((named.name == options.name) != (named.key == key.public.cose_key) for named in genesis.validators):
+        raise WrongValue("--name", f"a validator of ledger {genesis.ledger} with its --key, or a name of none of them")
     ed25519_public_bytes(key.public)
     config = NodeConfig(
         options.genesis.resolve(),
@@ -78,6 +78,9 @@ def _node_init(options: argparse.Namespace) -> int:
         raise ConfigError(options.home / NODE_FILE, "", "no such file yet; edit it, it is read at every start")
     write_node_key(options.home, generate_private_key())
     (options.home / NODE_FILE).write_text(node_config_text(config))
+    if NamedKey(options.name, key.public.cose_key) not in genesis.validators:
+        note = f"{options.name} is no validator of the genesis: its node follows, and votes once registrars add it"
+        print(note, file=sys.stderr)
     port = options.listen.rpartition(":")[2]
     print(f"{read_node_id(options.home)}@{options.host}:{port}")
     return DONE

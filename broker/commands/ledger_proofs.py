@@ -3,13 +3,17 @@
 import argparse
 import json
 import sqlite3
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from broker.commands.common import DONE, add_command
+from broker.commands.common import DONE, FAILED, add_command
+from broker.ledger.certificate import Certificate, is_certificate
+from broker.ledger.commit import CertifiedHeader
 from broker.ledger.proofs import OperationsProof, Proof, read_proof
+from broker.ledger.receipts import ProofFailed
 from broker.ledger.trust import Trust, read_trust, trust_of
 from broker.ledger.witness import Equivocation
 from broker.protocol.messages import Checkpoint, Genesis
@@ -17,6 +21,11 @@ from firmware_config.loader import WrongValue
 
 if TYPE_CHECKING:
     from broker.ledger.proving import Prover
+
+
+_ANSWER_LIMIT_S: Final = 5.0
+_CERTIFY_LIMIT_S: Final = 10.0
+"""For a network that is at work; an idle one answers at once."""
 
 
 def add_commands(group: Any) -> None:
@@ -43,7 +52,19 @@ def add_commands(group: Any) -> None:
     )
     check.add_argument("proof", type=Path, metavar="FILE", help="a proof, as `ledger prove` writes it")
     check.add_argument("--trust", type=Path, required=True, metavar="FILE", help="the ledger's trust file")
+    check.add_argument(
+        "--certificate",
+        type=Path,
+        metavar="FILE",
+        help="a network's certificate of the proof's checkpoint, to check too",
+    )
     check.add_argument("--json", action="store_true", help="print what is proven as JSON")
+    certify = add_command(
+        group, "certify", "Write a network's certificate of its last block, which `check-proof` checks.", _certify
+    )
+    certify.add_argument("--node", required=True, metavar="URL", help="RPC of a node of the network, http://HOST:PORT")
+    certify.add_argument("--trust", type=Path, required=True, metavar="FILE", help="the ledger's trust file")
+    certify.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write it")
     evidence = add_command(
         group, "evidence", "Check evidence against a ledger: exit 0 only if its validators cheated.", _evidence
     )
@@ -79,7 +100,13 @@ def _prove(options: argparse.Namespace) -> int:
 
 def _check_proof(options: argparse.Namespace) -> int:
     trust = read_trust(options.trust.read_text())
-    proof = read_proof(options.proof.read_bytes())
+    raw = options.proof.read_bytes()
+    if is_certificate(raw):
+        certificate = Certificate.from_bytes(raw)
+        proven, verdict = _certified(certificate, certificate.check(trust))
+        print(json.dumps(proven) if options.json else f"{options.proof}: {verdict}")
+        return DONE
+    proof = read_proof(raw)
     if isinstance(proof, OperationsProof):
         checkpoint, validator = proof.check(trust)
         proven = _operations(proof, checkpoint, validator)
@@ -94,8 +121,52 @@ def _check_proof(options: argparse.Namespace) -> int:
             f"height {newer.height} of ledger {trust.ledger} goes on from height {older.height}:"
             f" its first {older.tree_size} operations are the same"
         )
+        checkpoint = newer
+    if options.certificate is not None:
+        certificate = Certificate.from_bytes(options.certificate.read_bytes())
+        certified = _certified(certificate, certificate.check(trust))
+        if certificate.block_id != checkpoint.block_id:
+            raise ProofFailed(
+                f"the certificate is of block {certificate.block_id.hex()}, and the proof ends in block"
+                f" {checkpoint.block_id.hex()}; make both at one height"
+            )
+        proven["certified"], verdict = certified[0], f"{verdict}; {certified[1]}"
     print(json.dumps(proven) if options.json else f"{options.proof}: {verdict}")
     return DONE
+
+
+def _certify(options: argparse.Namespace) -> int:
+    from broker.ledger.cometbft.certify import certify
+    from broker.ledger.cometbft.rpc import HttpNode, NodeError
+
+    trust = read_trust(options.trust.read_text())
+    node = HttpNode(options.node, _ANSWER_LIMIT_S)
+    try:
+        certificate = certify(node, trust.ledger, _CERTIFY_LIMIT_S)
+    except NodeError as error:
+        print(f"energy-broker: ledger node {error}", file=sys.stderr)
+        return FAILED
+    finally:
+        node.close()
+    certificate.check(trust)
+    options.out.write_bytes(certificate.to_bytes())
+    return DONE
+
+
+def _certified(certificate: Certificate, header: CertifiedHeader) -> tuple[dict[str, Any], str]:
+    """What a certificate that holds says, as JSON and as a sentence."""
+    proven = {
+        "block_id": certificate.block_id.hex(),
+        "rows_digest": certificate.rows_digest.hex(),
+        "network_height": header.height,
+        "time_s": header.time_s,
+        "signed_power": header.signed_power,
+        "total_power": header.total_power,
+    }
+    return proven, (
+        f"validators with a power of {header.signed_power} of {header.total_power} stand for block"
+        f" {certificate.block_id.hex()} of ledger {certificate.ledger}, in block {header.height} of their network"
+    )
 
 
 def _evidence(options: argparse.Namespace) -> int:

@@ -27,6 +27,12 @@ def add_commands(group: Any) -> None:
         metavar="DIR",
         help="keep what is done in this directory and go on from it; it grows as large as the ledger's state",
     )
+    verify.add_argument(
+        "--certificate",
+        type=Path,
+        metavar="FILE",
+        help="a network's certificate (`ledger certify`); by default the one that a node keeps in PATH",
+    )
     verify.add_argument("--progress", action="store_true", help="say how far it is, also where nobody looks on")
 
 
@@ -35,7 +41,7 @@ def _ledger_verify(options: argparse.Namespace) -> int:
 
     on_terminal = sys.stderr.isatty()
     lines = ProgressLines(sys.stderr, on_terminal, time.monotonic) if on_terminal or options.progress else None
-    report = verify_ledger(options.path, resume=options.resume, progress=lines)
+    report = verify_ledger(options.path, resume=options.resume, progress=lines, certificate=options.certificate)
     if lines is not None:
         lines.end()
     if report.started_over is not None:
@@ -48,6 +54,12 @@ def _ledger_verify(options: argparse.Namespace) -> int:
         print(
             f"{options.path}: it began with a snapshot of height {report.base_height} and was verified from there on;"
             " what was before takes a copy with all blocks",
+            file=sys.stderr,
+        )
+    if report.certified_height:
+        print(
+            f"{options.path}: more than two thirds of the validators' power stand for height"
+            f" {report.certified_height} and all before",
             file=sys.stderr,
         )
     verdict = "all of it holds" if report.ok else f"{len(report.errors)} faults; restore it from a copy that verifies"

@@ -10,6 +10,7 @@ import sqlite3
 from pathlib import Path
 
 from broker.database_copy import copy_database, flush_file, new_directory, reading
+from broker.ledger.certificate import CERTIFICATE_NAME
 from broker.ledger.snapshot import BASE_FILE_NAME
 from broker.ledger.store import FILE_NAME, LedgerError
 from broker.ledger.verify import VerifyReport, verify_ledger
@@ -29,11 +30,16 @@ def backup_ledger(path: Path, out: Path) -> VerifyReport:
 
 def copy_ledger(path: Path, database: sqlite3.Connection, out: Path) -> VerifyReport:
     """Copy the ledger that `database` shows into directory `out`, and verify it. Raises LedgerError, CopyError."""
+    certificate = (path / CERTIFICATE_NAME).read_bytes() if (path / CERTIFICATE_NAME).is_file() else None
     copy_database(database, out / FILE_NAME)
     if (path / BASE_FILE_NAME).is_file():
         # What a restored ledger began with, without which it cannot be verified. It never changes.
         shutil.copyfile(path / BASE_FILE_NAME, out / BASE_FILE_NAME)
         flush_file(out / BASE_FILE_NAME)
+    if certificate is not None:
+        # What proves the blocks of a network's node that is no validator.
+        (out / CERTIFICATE_NAME).write_bytes(certificate)
+        flush_file(out / CERTIFICATE_NAME)
     report = verify_ledger(out)
     if not report.ok:
         raise LedgerError(path, f"its copy does not verify: {report.errors[0]}; restore the ledger from another copy")

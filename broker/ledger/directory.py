@@ -10,12 +10,14 @@ from typing import Final
 from broker.ledger.chain import Head, block_id_of, first_head
 from broker.ledger.merkle import node_position
 from broker.ledger.opening import charter_of
-from broker.ledger.store import FILE_NAME, FORMAT, LOCK_NAME, LedgerError, Store
+from broker.ledger.store import FILE_NAME, FORMAT, LOCK_NAME, SEALERS, LedgerError, Store
 from broker.ledger.validator_set import signers_ever
 from broker.ledger.wal import log_fault
-from broker.protocol import envelope
+from broker.protocol import cbor, envelope
+from broker.protocol.codec import Bytes, Many, Name, Row
 from broker.protocol.envelope import Signer
 from broker.protocol.errors import ProtocolError
+from broker.protocol.keys import public_key_from_cose
 from broker.protocol.messages import Block, Genesis
 
 _RESTORE: Final = "run `energy-broker ledger verify` on it and restore it from a copy"
@@ -104,6 +106,16 @@ def checked_head(
         raise LedgerError(path, f"the head does not agree with block {height}; {_RESTORE}")
     _check_nodes(path, store, head)
     return head
+
+
+def read_sealers(store: Store) -> dict[bytes, Signer]:
+    """The keys, besides validators', under which this copy's node has sealed blocks. Raises MalformedMessage."""
+    raw = store.meta(SEALERS)
+    if raw is None:
+        return {}
+    named = Many(Row((Name(), Bytes(1, 256))), 1_024).decode(cbor.decode(raw, SEALERS, 2**20), SEALERS)
+    signers = [Signer(name, public_key_from_cose(cose_key)) for name, cose_key in named]
+    return {signer.key.key_id: signer for signer in signers}
 
 
 def _check_nodes(path: Path, store: Store, head: Head) -> None:

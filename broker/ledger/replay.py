@@ -17,15 +17,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
+from broker.ledger.certificate import Certificate, Proven
 from broker.ledger.chain import Head, Step, block_id_of, first_head, genesis_hash
 from broker.ledger.faults import LedgerInvariantBroken, RuleViolation
 from broker.ledger.merkle import nodes_in
 from broker.ledger.opening import Charter, RefusedBatch, charter_of, open_batch
+from broker.ledger.receipts import ProofFailed
 from broker.ledger.rules import keys_read
 from broker.ledger.rules.validators import signers_now, validators_now
 from broker.ledger.signatures import Helpers
 from broker.ledger.state import ABSENT, State, ValidatorsRow
 from broker.ledger.store import Store
+from broker.ledger.trust import Trust
 from broker.protocol import cbor, envelope
 from broker.protocol.envelope import Signer
 from broker.protocol.errors import ProtocolError
@@ -89,6 +92,9 @@ def first_mark(genesis: Genesis) -> Mark:
 class Replay:
     """The second derivation, in `rows`; `mark` says how far it has come."""
 
+    proven: Proven | None = None
+    """What a network's certificate stands for; it is checked where the replay comes to its block."""
+
     def __init__(self, genesis: Genesis, rows: Store, mark: Mark, marked: bool, helpers: Helpers) -> None:
         self._genesis = genesis
         self._charter = replace(charter_of(genesis), verifies=helpers.verifies)
@@ -140,6 +146,8 @@ class Replay:
         heights: list[tuple[bytes, int]] = []
         for row in stored.blocks(self.mark.head.height + 1):
             heights += self._block(row, step)
+            if self.proven is not None and step.head.height == self.proven.height:
+                self._check_certificate(self.proven.certificate, step.state)
             nodes, step.nodes = step.nodes, []
             before, end = self.mark, nodes_in(step.head.tree_size)
             found = list(stored.node_rows(nodes_in(before.head.tree_size), end))
@@ -154,15 +162,29 @@ class Replay:
         for first in stored.node_rows_outside(nodes_in(self.mark.head.tree_size)):
             complain(f"Merkle nodes from {first}: stored, but no operation made them")
 
-    def _signer(self, state: State) -> envelope.KeyLookup:
+    def _check_certificate(self, certificate: Certificate, state: State) -> None:
+        """The validators before or after its block must have made it. Raises HistoryFault."""
+        after = validators_now(state, self._charter)
+        assert self._signers_of is not None
+        trust = Trust.of(self._charter.ledger, genesis_hash(self._genesis), after, {})
+        try:
+            if not (certificate.is_of(self._signers_of) or certificate.is_of(after)):
+                raise ProofFailed("it is of other validators than those of its height")
+            certificate.check_votes(trust)
+        except ProtocolError as error:
+            raise HistoryFault(f"the network's certificate does not hold: {error}") from error
+
+    def _signer(self, state: State, height: int) -> envelope.KeyLookup:
         """Who may have sealed the next block: the validators of that time.
 
-        And those at the end: a node that joins a network later seals what it replays with its own key.
+        And those at the end: a node that joins a network later seals what it replays with its own key. And the node
+        itself, where a certificate of the validators proves the block: its seal says no more than who keeps this copy.
         """
         now = validators_now(state, self._charter)
         if now != self._signers_of:
             self._signers_of, self._signers = now, signers_now(state, self._charter)
-        return lambda key_id: self._signers.get(key_id) or self._signers_at_end.get(key_id)
+        sealers = {} if self.proven is None else self.proven.sealers_of(height)
+        return lambda key_id: self._signers.get(key_id) or self._signers_at_end.get(key_id) or sealers.get(key_id)
 
     def _write(self, step: Step, heights: list[tuple[bytes, int]]) -> None:
         notes = {_MARK: self.mark.to_bytes(genesis_hash(self._genesis))} if self._marked else {}
@@ -176,7 +198,8 @@ class Replay:
             raise HistoryFault(f"{where}: block {step.head.height + 1} is missing")
         self._helpers.look_ahead(height)
         try:
-            opened = envelope.open_envelope(raw, self._genesis.ledger, self._signer(step.state), self._helpers.verifies)
+            lookup = self._signer(step.state, height)
+            opened = envelope.open_envelope(raw, self._genesis.ledger, lookup, self._helpers.verifies)
         except (ProtocolError, TypeError) as error:
             raise HistoryFault(f"{where}: {error}") from error
         block = opened.message

@@ -22,12 +22,13 @@ Compare the rows digest with one that a node with all blocks gives for this heig
 import os
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, Final
 
 from broker.database_copy import flush_directory, flush_file, new_directory
@@ -43,6 +44,7 @@ from broker.ledger.trust import Trust
 from broker.ledger.validator_set import sets_around
 from broker.protocol import cbor, envelope
 from broker.protocol.codec import Bytes, Many, Row, Unsigned
+from broker.protocol.envelope import Signer
 from broker.protocol.errors import MalformedMessage, ProtocolError
 from broker.protocol.limits import MAX_BLOCK_BYTES, MAX_BROKER_MESSAGE_BYTES
 from broker.protocol.messages import HASH_BYTES, Block, Genesis
@@ -409,8 +411,11 @@ def restore_snapshot(snapshot: Path, path: Path, expected_digest: bytes | None =
         return manifest
 
 
-def load_snapshot(snapshot: Path, file: Path) -> Manifest:
-    """Fill the new ledger file `file` from a snapshot file, with all checks. Raises LedgerError."""
+def load_snapshot(snapshot: Path, file: Path, sealers: Mapping[bytes, Signer] = MappingProxyType({})) -> Manifest:
+    """Fill the new ledger file `file` from a snapshot file, with all checks. Raises LedgerError.
+
+    `sealers` may have sealed its last block besides validators.
+    """
     try:
         source = SnapshotFile(snapshot)
         try:
@@ -418,7 +423,7 @@ def load_snapshot(snapshot: Path, file: Path) -> Manifest:
             try:
                 for index in range(len(source.manifest.chunks)):
                     restoring.add(source.chunk(index))
-                restoring.finish(partial(_sealed_by_a_validator, source))
+                restoring.finish(partial(_sealed_by_a_validator, source, sealers))
             finally:
                 restoring.abandon()
         finally:
@@ -428,7 +433,10 @@ def load_snapshot(snapshot: Path, file: Path) -> Manifest:
     return source.manifest
 
 
-def _sealed_by_a_validator(source: SnapshotFile, payload: bytes, trust: Trust) -> tuple[bytes, bytes | None]:
+def _sealed_by_a_validator(
+    source: SnapshotFile, sealers: Mapping[bytes, Signer], payload: bytes, trust: Trust
+) -> tuple[bytes, bytes | None]:
+    trust = replace(trust, validators={**trust.validators, **sealers})
     envelope.open_envelope(source.sealed_block, trust.ledger, trust.validators.get)
     if block_id_of(source.sealed_block) != sha256(payload).digest():
         raise SnapshotFault("its sealed block is another one than its last block")

@@ -29,6 +29,9 @@ NETWORK: Final = "network"
 STALE: Final = b""
 """Stands for the digest of a bucket whose rows have changed since it was hashed."""
 
+SEALERS: Final = "sealers"
+"""CBOR [[name, COSE_Key] …]: under which keys, besides validators', a network's node has sealed the blocks here."""
+
 BASE: Final = "base"
 """The row of `meta` in a restored ledger: SHA-256 of the manifest of the snapshot that it began with."""
 
@@ -257,6 +260,11 @@ class Store:
     def height_of(self, batch_id: bytes) -> int | None:
         """The height of the block that carries this batch, None if there is none."""
         found = self._db.execute("SELECT height FROM batches WHERE batch_id = ?", (batch_id,)).fetchone()
+        return None if found is None else found[0]
+
+    def height_of_block(self, block_id: bytes) -> int | None:
+        """The height of the block with that id, None if there is none. It looks through all of them."""
+        found = self._db.execute("SELECT height FROM blocks WHERE block_id = ?", (block_id,)).fetchone()
         return None if found is None else found[0]
 
     def blocks(self, from_height: int = 1, upto: int = MAX_INTEGER) -> Iterator[tuple[int, bytes, bytes]]:

@@ -17,13 +17,14 @@ import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final
 
+from broker.ledger.certificate import CERTIFICATE_NAME, Certificate, Proven
 from broker.ledger.chain import Head, genesis_hash
-from broker.ledger.directory import in_use
+from broker.ledger.directory import in_use, read_sealers
 from broker.ledger.merkle import nodes_in
 from broker.ledger.opening import charter_of
 from broker.ledger.receipts import SignedHead, verify_checkpoint, verify_signed_root
@@ -32,7 +33,7 @@ from broker.ledger.rules.validators import validators_now
 from broker.ledger.signatures import MAX_HELPERS, Helpers
 from broker.ledger.snapshot import BASE_FILE_NAME, Manifest, load_snapshot
 from broker.ledger.state import decode_key
-from broker.ledger.store import BASE, FILE_NAME, FORMAT, NETWORK, SIGNED_HEAD, LedgerError, Store
+from broker.ledger.store import BASE, FILE_NAME, FORMAT, NETWORK, SEALERS, SIGNED_HEAD, LedgerError, Store
 from broker.ledger.trust import Trust
 from broker.ledger.validator_set import sets_around
 from broker.ledger.wal import log_fault
@@ -60,6 +61,7 @@ class VerifyReport:
     """What was checked, and what is wrong. `genesis_hash` and `block_id` are for comparing with what others hold.
 
     `base_height` is the height of the snapshot that the ledger began with: 0, unless it was restored from one.
+    `certified_height` is the height up to which a certificate of a network's validators proves the blocks, 0 without.
     `resumed_height` is the height up to which an earlier run had checked the blocks, 0 if this one checked all.
     `started_over` says why what an earlier run left was of no use, None if it was, or if there was none.
     """
@@ -75,6 +77,7 @@ class VerifyReport:
     rows: int
     errors: tuple[str, ...]
     base_height: int
+    certified_height: int
     resumed_height: int
     started_over: str | None
 
@@ -99,12 +102,14 @@ def verify_ledger(
     resume: Path | None = None,
     progress: Callable[[Progress], None] | None = None,
     helpers: int | None = None,
+    certificate: Path | None = None,
 ) -> VerifyReport:
     """Check the ledger in directory `path`, also while an engine runs on it.
 
     With a directory `resume`, work is kept there: a later run goes on from it, whatever ended this one. `progress` is
     called after each block. `helpers` processes check signatures ahead of the rules, 0 for none, by default one for
-    each further core.
+    each further core. `certificate` is a network's (`energy-broker ledger certify`); by default the one that a node has
+    put beside the ledger. It proves the blocks up to its own under whatever seal.
 
     Whatever is wrong with its content stands in the report. Raises LedgerError only where there is nothing to check: no
     ledger file, or one whose genesis cannot be read; or where another run uses the directory `resume`.
@@ -112,6 +117,8 @@ def verify_ledger(
     file = path / FILE_NAME
     if not file.is_file():
         raise LedgerError(path, f"holds no {FILE_NAME}; give the ledger's directory")
+    # Before the ledger, so that a node which goes on meanwhile cannot have put a later one here.
+    proof = _certificate(certificate or path / CERTIFICATE_NAME, needed=certificate is not None)
     errors = []
     damage = None if in_use(path) else log_fault(path)
     if damage is not None:
@@ -125,8 +132,7 @@ def verify_ledger(
         signatures = Helpers(path, _helpers_for(path) if helpers is None else helpers)
         try:
             with _work_directory(resume) as work:
-                base = path / BASE_FILE_NAME
-                check = _Verification(store, base, genesis, errors, signatures, progress or (lambda _: None))
+                check = _Verification(store, path, genesis, errors, signatures, progress or (lambda _: None), proof)
                 return check.run(work / WORK_FILE_NAME, keep=resume is not None)
         finally:
             signatures.close()
@@ -141,6 +147,16 @@ def _genesis(path: Path, store: Store) -> Genesis:
     except (sqlite3.Error, ProtocolError, ValueError, TypeError) as error:
         raise LedgerError(path, f"its genesis cannot be read ({error}); restore the ledger from a copy") from error
     return genesis
+
+
+def _certificate(file: Path, needed: bool) -> Certificate | None:
+    """Raises LedgerError for a file that is none."""
+    if not needed and not file.is_file():
+        return None
+    try:
+        return Certificate.from_bytes(file.read_bytes())
+    except (OSError, ProtocolError) as error:
+        raise LedgerError(file, f"no certificate of a network: {error}; get one with `ledger certify`") from error
 
 
 def _helpers_for(path: Path) -> int:
@@ -171,14 +187,17 @@ class _Verification:
     def __init__(
         self,
         stored: Store,
-        base: Path,
+        path: Path,
         genesis: Genesis,
         errors: list[str],
         helpers: Helpers,
         progress: Callable[[Progress], None],
+        certificate: Certificate | None,
     ) -> None:
         self._stored = stored
-        self._base_file = base
+        self._base_file = path / BASE_FILE_NAME
+        self._certificate = certificate
+        self._proven: Proven | None = None
         self._base: Manifest | None = None
         self._genesis = genesis
         self._errors = errors
@@ -191,6 +210,7 @@ class _Verification:
         try:
             with self._stored.snapshot():
                 self._errors += [f"SQLite: {fault}" for fault in self._stored.integrity_faults()]
+                self._proven = self._proven_by(self._certificate)
                 base = self._stored.meta(BASE)
                 if base is None and keep and work.exists():
                     try:
@@ -205,6 +225,7 @@ class _Verification:
                         replay = Replay.begun(self._genesis, work, keep, self._helpers)
                     else:
                         replay = self._begun_with_snapshot(base, work)
+                replay.proven = self._proven
                 self._check(replay)
         except HistoryFault as fault:
             self._errors.append(str(fault))
@@ -226,14 +247,31 @@ class _Verification:
             self._rows,
             tuple(self._errors[:MAX_ERRORS]),
             0 if self._base is None else self._base.head.height,
+            0 if self._proven is None or self._errors else self._proven.height,
             resumed_height,
             started_over,
         )
 
+    def _proven_by(self, certificate: Certificate | None) -> Proven | None:
+        """Up to where a certificate proves the blocks, once the replay has checked it. Raises HistoryFault."""
+        if certificate is None:
+            return None
+        height = self._stored.height_of_block(certificate.block_id)
+        if height is None:
+            raise HistoryFault(
+                f"the network's certificate is of block {certificate.block_id.hex()}, which is not here: this copy was"
+                " cut off, or is of another history"
+            )
+        try:
+            sealers = read_sealers(self._stored)
+        except (ProtocolError, ValueError, TypeError) as error:
+            raise HistoryFault(f"meta {SEALERS}: {error}") from error
+        return Proven(height, certificate, sealers)
+
     def _begun_with_snapshot(self, digest: bytes, work: Path) -> Replay:
         """Begin with the rows of the snapshot that the ledger was restored from. Raises HistoryFault, sqlite3.Error."""
         try:
-            base = load_snapshot(self._base_file, work)
+            base = load_snapshot(self._base_file, work, {} if self._proven is None else self._proven.sealers)
         except LedgerError as error:
             raise HistoryFault(f"the snapshot that it began with: {error.reason}") from error
         if base.digest != digest or base.genesis != self._genesis:
@@ -267,7 +305,7 @@ class _Verification:
         self._compare("batch", stored.batch_rows(), derived.batch_rows(), lambda raw: raw.hex())
         # Nobody but a validator can make the signed head again, so it is checked instead of compared; and where the
         # network stands is for CometBFT to compare.
-        own_meta = (row for row in stored.meta_rows() if row[0] not in (SIGNED_HEAD, NETWORK))
+        own_meta = (row for row in stored.meta_rows() if row[0] not in (SIGNED_HEAD, NETWORK, SEALERS))
         self._compare("meta", own_meta, iter(sorted(meta.items())), str)
         self._check_signed_head(stored.meta(SIGNED_HEAD), replay.mark.head, derived)
         # A trigger, a view or another index would change what a reader sees without changing any row.
@@ -299,7 +337,10 @@ class _Verification:
         if last is None:
             return Trust.of(charter.ledger, genesis_hash(self._genesis), validators_now(derived, charter), {})
         block = Block.from_payload(envelope.parse(last[2]).payload)
-        return Trust.at_head(self._genesis, *sets_around(derived, charter, block))
+        trust = Trust.at_head(self._genesis, *sets_around(derived, charter, block))
+        if self._proven is not None:
+            trust = replace(trust, validators={**trust.validators, **self._proven.sealers_of(block.height)})
+        return trust
 
     def _compare(
         self,

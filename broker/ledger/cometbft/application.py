@@ -35,17 +35,17 @@ from broker.ledger.cometbft.snapshots import (
     sealed_last_block,
 )
 from broker.ledger.cometbft.views import HoldingsViews
-from broker.ledger.directory import checked_head, locked, opened_store
+from broker.ledger.directory import checked_head, locked, opened_store, read_sealers
 from broker.ledger.faults import RuleViolation
 from broker.ledger.limits import BATCH_HEAD_BYTES, BLOCK_HEAD_BYTES, MAX_BLOCK_BATCHES
 from broker.ledger.opening import OpenedBatch, RefusedBatch, charter_of, open_batch, party_signer
 from broker.ledger.receipts import SignedHead, sign_head
 from broker.ledger.rows_digest import NO_DIGEST, app_hash_of
 from broker.ledger.rules import keys_read
-from broker.ledger.rules.validators import validators_now
+from broker.ledger.rules.validators import signers_now, validators_now
 from broker.ledger.snapshot import SnapshotFault
 from broker.ledger.state import State, Validator
-from broker.ledger.store import FILE_NAME, NETWORK, SIGNED_HEAD, LedgerError
+from broker.ledger.store import FILE_NAME, NETWORK, SEALERS, SIGNED_HEAD, LedgerError
 from broker.ledger.trust import Trust, issuer_of
 from broker.protocol import cbor, envelope
 from broker.protocol.envelope import Signer
@@ -229,7 +229,8 @@ class NodeApplication:
 
     def _open(self) -> None:
         self._store = opened_store(self._path, self._genesis)
-        own = {self._key.public.key_id: Signer(self._name, self._key.public)}
+        self._sealers = read_sealers(self._store)
+        own = {**self._sealers, self._key.public.key_id: Signer(self._name, self._key.public)}
         self._head = checked_head(self._path, self._store, self._genesis, own)
         self._progress = self._read_progress()
         self._buckets = Buckets(self._store) if self._snapshot_every else None
@@ -412,6 +413,7 @@ class NodeApplication:
         notes = {NETWORK: executed.progress.to_bytes()}
         if executed.blocks:
             notes[SIGNED_HEAD] = signed.to_bytes()
+            notes |= self._stated(step.state)
         self._store.write(
             step.rows, step.written(), executed.blocks, executed.heights, step.head, step.nodes, notes, executed.buckets
         )
@@ -428,6 +430,15 @@ class NodeApplication:
         while len(self._refusals) > MAX_REMEMBERED_REFUSALS:
             del self._refusals[next(iter(self._refusals))]
         return abci.CommitResponse()
+
+    def _stated(self, state: State) -> dict[str, bytes]:
+        """That this node's key has sealed blocks, where it is no validator's: else nobody could check these seals."""
+        own = self._key.public
+        stated = [(signer.name, signer.key.cose_key) for signer in self._sealers.values()]
+        if own.key_id in self._sealers or own.key_id in signers_now(state, self._charter):
+            return {}
+        self._sealers[own.key_id] = Signer(self._name, own)
+        return {SEALERS: cbor.encode([*stated, (self._name, own.cose_key)])}
 
     def _sign(self, head: Head) -> SignedHead:
         return sign_head(head.checkpoint(), self._key, self._charter.ledger, self._name, self._issuer)
@@ -472,10 +483,12 @@ class NodeApplication:
             return sealed_last_block(payload, sealed), self._sign(head).to_bytes()
 
         progress = Progress(sync.network_height, sync.manifest.rows_digest)
+        # By the genesis: a validator that was added since states its key without need, and nothing rests on it.
+        notes = {NETWORK: progress.to_bytes(), **self._stated(self._store)}
         self._views.close()
         self._store.close()
         try:
-            sync.finish(seal, {NETWORK: progress.to_bytes()})
+            sync.finish(seal, notes)
         finally:
             self._open()
 

@@ -16,6 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Final
 
+from broker.ledger.certificate import chain_id_of
 from broker.ledger.chain import genesis_hash
 from broker.ledger.cometbft.application import SNAPSHOT_EVERY, VALIDATOR_POWER, app_state_of
 from broker.ledger.limits import MAX_BLOCK_BATCHES
@@ -36,8 +37,6 @@ MAX_MEMPOOL_BYTES: Final = 64 * 2**20
 MAX_RPC_BODY_BYTES: Final = 4 * MAX_BATCH_BYTES // 3 + 4_096
 """A batch in base64 inside JSON."""
 
-_CHAIN_ID_CHARACTERS: Final = 50
-_HASH_CHARACTERS: Final = 16
 _GENESIS_TIME: Final = "2026-01-01T00:00:00Z"
 """The same for every ledger, because nothing reads it: our own genesis has no time, and rules read market time."""
 
@@ -161,8 +160,7 @@ trust_hash = "{config.snapshots.trust_hash}"
 
 def chain_id(genesis: Genesis) -> str:
     """CometBFT's name of this ledger: at most 50 characters, different for each genesis."""
-    room = _CHAIN_ID_CHARACTERS - 1 - _HASH_CHARACTERS
-    return f"{genesis.ledger[:room]}-{genesis_hash(genesis).hex()[:_HASH_CHARACTERS]}"
+    return chain_id_of(genesis.ledger, genesis_hash(genesis))
 
 
 def address_of(public_key: bytes) -> str:

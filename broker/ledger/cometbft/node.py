@@ -21,10 +21,13 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from broker.config import load_genesis
+from broker.ledger.certificate import CERTIFICATE_NAME
+from broker.ledger.cometbft.certify import CommitNode, certify
 from broker.ledger.cometbft.home import LEDGER_FOLDER, NODE_FILE, SOCKET_NAME, load_node_config, write_home
+from broker.ledger.cometbft.rpc import HttpNode, NodeError
 from broker.ledger.store import LedgerError
 from broker.protocol.keys import PrivateKey, load_private_key
-from broker.protocol.messages import Genesis, NamedKey
+from broker.protocol.messages import Genesis
 from firmware_config.loader import ConfigError
 
 LOG: Final = logging.getLogger("ledger-node")
@@ -41,6 +44,10 @@ SOON_S: Final = 10.0
 STOP_LIMIT_S: Final = 10.0
 """After SIGTERM CometBFT has this long to close its databases before it is killed."""
 
+_CERTIFY_EVERY_S: Final = 0.5
+"""How often a node looks for a newer certificate; it costs two questions to itself."""
+
+_RPC_LIMIT_S: Final = 5.0
 _KEPT_LINES: Final = 20
 _FAILURE: Final = "CONSENSUS FAILURE"
 
@@ -69,8 +76,12 @@ def run_node(home: Path, cometbft: Path, serve: Serve, stop: threading.Event) ->
     config = load_node_config(home)
     genesis = load_genesis(config.genesis_file)
     key = load_private_key(config.key_file)
-    if NamedKey(config.validator, key.public.cose_key) not in genesis.validators:
-        raise ConfigError(home / NODE_FILE, "validator", f"a validator of ledger {genesis.ledger}, with its key")
+    if any((named.name == config.validator) != (named.key == key.public.cose_key) for named in genesis.validators):
+        raise ConfigError(
+            home / NODE_FILE,
+            "validator",
+            f"a validator of ledger {genesis.ledger} with its own key, or a name and key of none of them",
+        )
     if not (home / "config" / "node_key.json").is_file():
         raise ConfigError(home, "", "a node's home with config/node_key.json; make one with `ledger node init`")
     home = home.resolve()
@@ -81,6 +92,11 @@ def run_node(home: Path, cometbft: Path, serve: Serve, stop: threading.Event) ->
         child = Cometbft(cometbft, home, stop)
         watcher = threading.Thread(target=child.run, name="cometbft", daemon=True)
         watcher.start()
+        rpc = HttpNode(_own_rpc(config.rpc.listen), _RPC_LIMIT_S)
+        keeper = threading.Thread(
+            target=keep_certificate, args=(home / LEDGER_FOLDER, genesis.ledger, rpc, stop), daemon=True
+        )
+        keeper.start()
         try:
             # The application goes on until CometBFT has closed its databases.
             serve(
@@ -97,6 +113,33 @@ def run_node(home: Path, cometbft: Path, serve: Serve, stop: threading.Event) ->
             child.ended.wait(STOP_LIMIT_S + 5.0)
     if child.failure is not None:
         raise NodeFailed(child.failure)
+
+
+def keep_certificate(ledger_directory: Path, ledger: str, node: CommitNode, stop: threading.Event) -> None:
+    """Put the network's certificate of the newest block beside the ledger, again whenever there is a newer one."""
+    file = ledger_directory / CERTIFICATE_NAME
+    kept: bytes | None = None
+    while not stop.wait(_CERTIFY_EVERY_S):
+        try:
+            certificate = certify(node, ledger, 0.0)
+        except NodeError as error:
+            LOG.debug("no certificate: %s", error)
+            continue
+        if certificate.block_id == kept:
+            continue
+        unfinished = file.with_name(file.name + ".new")
+        try:
+            unfinished.write_bytes(certificate.to_bytes())
+            unfinished.replace(file)
+        except OSError as error:
+            LOG.warning("the network's certificate cannot be written: %s", error)
+            continue
+        kept = certificate.block_id
+
+
+def _own_rpc(listen: str) -> str:
+    host, _, port = listen.rpartition(":")
+    return f"http://127.0.0.1:{port}" if host in ("0.0.0.0", "") else f"http://{listen}"
 
 
 class Cometbft:

@@ -8,6 +8,7 @@ import base64
 import binascii
 import http.client
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 from urllib.parse import urlsplit
@@ -86,11 +87,15 @@ class HttpNode:
         except (KeyError, TypeError, ValueError) as error:
             raise NodeError(self.url, f"its answer to a batch is none of CometBFT's ({error!r})") from error
 
+    def call(self, method: str, parameters: dict[str, str]) -> str:
+        """The result of one of CometBFT's own methods, as JSON. Raises NodeError."""
+        return json.dumps(self._call(method, parameters))
+
     def close(self) -> None:
         self._connection.close()
 
-    def _call(self, method: str, parameters: dict[str, Any]) -> Any:
-        body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": method, "params": parameters})
+    def _call(self, method: str, parameters: Mapping[str, Any]) -> Any:
+        body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": method, "params": dict(parameters)})
         try:
             raw = self._exchanged(body)
             answer = json.loads(raw)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from broker.ledger.cometbft.commit import (
+from broker.ledger.commit import (
     hash_header,
     read_validators,
     validator,

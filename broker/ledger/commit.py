@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from hashlib import sha256
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from broker.ledger.merkle import leaf_hash, root_of
 from broker.ledger.receipts import ProofFailed
@@ -35,6 +35,21 @@ MAX_POWER: Final = 2**60
 """CometBFT's own limit on the power of a whole set (`types.MaxTotalVotingPower`)."""
 
 MAX_JSON_CHARACTERS: Final = 2**20
+
+HEADER_HASHES: Final = (
+    "last_commit_hash",
+    "data_hash",
+    "validators_hash",
+    "next_validators_hash",
+    "consensus_hash",
+    "app_hash",
+    "last_results_hash",
+    "evidence_hash",
+    "proposer_address",
+)
+VALIDATORS_HASH: Final = HEADER_HASHES.index("validators_hash")
+NEXT_VALIDATORS_HASH: Final = HEADER_HASHES.index("next_validators_hash")
+APP_HASH: Final = HEADER_HASHES.index("app_hash")
 
 _PRECOMMIT: Final = 2
 _ABSENT: Final = 1
@@ -71,6 +86,58 @@ class CertifiedHeader:
     total_power: int
 
 
+class BlockId(NamedTuple):
+    """How CometBFT names a block: by its header's hash, and by number and root of the parts that it travels in."""
+
+    hash: bytes
+    parts: int
+    parts_hash: bytes
+
+    def to_protobuf(self) -> bytes:
+        return _bytes(1, self.hash) + _field(2, _number(1, self.parts) + _bytes(2, self.parts_hash))
+
+
+class Header(NamedTuple):
+    """The header of a block of CometBFT. `time` is (seconds since 1970, nanoseconds); `hashes` as in HEADER_HASHES."""
+
+    version_block: int
+    version_app: int
+    chain_id: str
+    height: int
+    time: tuple[int, int]
+    last_block_id: BlockId
+    hashes: tuple[bytes, ...]
+
+    @property
+    def hash(self) -> bytes:
+        fields = [
+            _number(1, self.version_block) + _number(2, self.version_app),
+            _field(1, self.chain_id.encode()),
+            _number(1, self.height),
+            _timestamp(self.time),
+            self.last_block_id.to_protobuf(),
+            *(_bytes(1, value) for value in self.hashes),
+        ]
+        return root_of([leaf_hash(field) for field in fields])
+
+
+class Vote(NamedTuple):
+    """One validator's precommit for the block. Without `address` its place alone says whose it is."""
+
+    time: tuple[int, int]
+    signature: bytes
+    address: bytes | None = None
+
+
+class Commit(NamedTuple):
+    """The votes for a block: a place for each validator of the set in its order, None where it did not vote for it."""
+
+    height: int
+    round: int
+    block_id: BlockId
+    votes: tuple[Vote | None, ...]
+
+
 def validator(raw_key: bytes, power: int) -> Validator:
     """A validator by its Ed25519 key. Raises MalformedMessage."""
     if type(power) is not int or not 0 < power <= MAX_POWER:
@@ -105,34 +172,46 @@ def verify_commit(text: str, validators: Sequence[Validator], chain_id: str) -> 
 
     Raises ProofFailed with the reason if it does not hold, MalformedMessage for an answer of another shape.
     """
+    return check_commit(*read_commit(text), validators, chain_id)
+
+
+def read_commit(text: str) -> tuple[Header, Commit]:
+    """The header and the commit in an answer to `/commit`; nothing is checked yet. Raises MalformedMessage."""
     signed = _entry(_result(text, "commit"), "signed_header", dict)
     header, commit = _entry(signed, "header", dict), _entry(signed, "commit", dict)
-    if header.get("chain_id") != chain_id:
-        raise ProofFailed(f"the commit is of chain {header.get('chain_id')!r}, not of {chain_id}")
-    if not 0 < len(validators) <= MAX_VALIDATORS or len({one.raw_key for one in validators}) != len(validators):
-        raise ProofFailed("the trusted set of validators is empty, too large, or names a validator twice")
-    if _hex(header, "validators_hash") != validators_hash(validators):
-        raise ProofFailed("the header was made by another set of validators than the trusted one")
-    header_hash = hash_header(header)
-    block_id = _entry(commit, "block_id", dict)
-    height, round_ = _integer(header, "height"), commit.get("round")
-    if _integer(commit, "height") != height or _hex(block_id, "hash") != header_hash:
-        raise ProofFailed("the commit is for another header than the one beside it; the header was changed")
+    round_ = commit.get("round")
     if type(round_) is not int or not 0 <= round_ < 2**31:
         raise MalformedMessage("commit round", "an integer")
-    signed_power = _signed_power(_entry(commit, "signatures", list), validators, chain_id, height, round_, block_id)
+    votes = tuple(_vote(entry) for entry in _entry(commit, "signatures", list))
+    block_id = _read_block_id(_entry(commit, "block_id", dict))
+    return _read_header(header), Commit(_integer(commit, "height"), round_, block_id, votes)
+
+
+def check_commit(header: Header, commit: Commit, validators: Sequence[Validator], chain_id: str) -> CertifiedHeader:
+    """As `verify_commit`, of a header and its commit. Raises ProofFailed."""
+    if header.chain_id != chain_id:
+        raise ProofFailed(f"the commit is of chain {header.chain_id!r}, not of {chain_id}")
+    if not 0 < len(validators) <= MAX_VALIDATORS or len({one.raw_key for one in validators}) != len(validators):
+        raise ProofFailed("the trusted set of validators is empty, too large, or names a validator twice")
+    if header.hashes[VALIDATORS_HASH] != validators_hash(validators):
+        raise ProofFailed("the header was made by another set of validators than the trusted one")
+    header_hash = header.hash
+    if commit.height != header.height or commit.block_id.hash != header_hash:
+        raise ProofFailed("the commit is for another header than the one beside it; the header was changed")
+    signed_power = _signed_power(commit, validators, chain_id)
     total_power = sum(one.power for one in validators)
     if signed_power * 3 <= total_power * 2:
         raise ProofFailed(
-            f"validators with {signed_power} of {total_power} signed height {height}; more than two thirds are needed"
+            f"validators with {signed_power} of {total_power} signed height {commit.height};"
+            " more than two thirds are needed"
         )
     return CertifiedHeader(
         chain_id,
-        height,
-        _time(header, "time")[0],
-        _hex(header, "app_hash"),
+        header.height,
+        header.time[0],
+        header.hashes[APP_HASH],
         header_hash,
-        _hex(header, "next_validators_hash"),
+        header.hashes[NEXT_VALIDATORS_HASH],
         signed_power,
         total_power,
     )
@@ -140,66 +219,32 @@ def verify_commit(text: str, validators: Sequence[Validator], chain_id: str) -> 
 
 def hash_header(header: Mapping[str, Any]) -> bytes:
     """The hash of a header as the RPC gives it. Raises MalformedMessage."""
-    version = _entry(header, "version", dict)
-    chain_id = _entry(header, "chain_id", str).encode()
-    fields = [
-        _number(1, _integer(version, "block")) + _number(2, _integer(version, "app", missing=0)),
-        _field(1, chain_id),
-        _number(1, _integer(header, "height")),
-        _timestamp(_time(header, "time")),
-        _block_id(_entry(header, "last_block_id", dict)),
-    ]
-    for name in (
-        "last_commit_hash",
-        "data_hash",
-        "validators_hash",
-        "next_validators_hash",
-        "consensus_hash",
-        "app_hash",
-        "last_results_hash",
-        "evidence_hash",
-        "proposer_address",
-    ):
-        fields.append(_bytes(1, _hex(header, name)))
-    return root_of([leaf_hash(field) for field in fields])
+    return _read_header(header).hash
 
 
-def _signed_power(
-    signatures: Sequence[Any],
-    validators: Sequence[Validator],
-    chain_id: str,
-    height: int,
-    round_: int,
-    block_id: Mapping[str, Any],
-) -> int:
-    """The power of those that signed this block; a signature that does not verify fails the whole commit."""
-    if len(signatures) != len(validators):
-        raise ProofFailed(f"the commit has {len(signatures)} places for {len(validators)} validators")
+def _signed_power(commit: Commit, validators: Sequence[Validator], chain_id: str) -> int:
+    """The power of those who voted for this block, each in its own place. Raises ProofFailed."""
+    if len(commit.votes) != len(validators):
+        raise ProofFailed(f"the commit has {len(commit.votes)} places for {len(validators)} validators")
     power = 0
-    for entry, one in zip(signatures, validators, strict=True):
-        flag = entry.get("block_id_flag") if type(entry) is dict else None
-        if flag in (_ABSENT, _NIL):
+    for vote, one in zip(commit.votes, validators, strict=True):
+        if vote is None:
             continue  # It did not vote, or voted for no block; its signature says nothing about this one.
-        if flag != _COMMIT:
-            raise MalformedMessage("commit signature", "a block id flag of 1, 2 or 3")
-        signature = _base64(entry.get("signature"), SIGNATURE_BYTES)
-        message = vote_sign_bytes(chain_id, height, round_, block_id, _time(entry, "timestamp"))
-        if _hex(entry, "validator_address") != one.address or not one.key.verifies(signature, message):
+        message = vote_sign_bytes(chain_id, commit.height, commit.round, commit.block_id, vote.time)
+        if vote.address not in (None, one.address) or not one.key.verifies(vote.signature, message):
             raise ProofFailed(f"the signature of validator {one.address.hex().upper()} does not verify")
         power += one.power
     return power
 
 
-def vote_sign_bytes(
-    chain_id: str, height: int, round_: int, block_id: Mapping[str, Any], time: tuple[int, int]
-) -> bytes:
+def vote_sign_bytes(chain_id: str, height: int, round_: int, block_id: BlockId, time: tuple[int, int]) -> bytes:
     """What a validator signs with its precommit: the CanonicalVote, with its length before it."""
     vote = b"".join(
         (
             _number(1, _PRECOMMIT),
             _fixed(2, height),
             _fixed(3, round_),
-            _field(4, _block_id(block_id)),
+            _field(4, block_id.to_protobuf()),
             _field(5, _timestamp(time)),
             _bytes(6, chain_id.encode()),
         )
@@ -240,15 +285,38 @@ def _timestamp(time: tuple[int, int]) -> bytes:
     return _number(1, time[0]) + _number(2, time[1])
 
 
-def _block_id(block_id: Mapping[str, Any]) -> bytes:
-    parts = _entry(block_id, "parts", dict)
+# --- JSON
+
+
+def _read_header(record: Mapping[str, Any]) -> Header:
+    version = _entry(record, "version", dict)
+    return Header(
+        _integer(version, "block"),
+        _integer(version, "app", missing=0),
+        _entry(record, "chain_id", str),
+        _integer(record, "height"),
+        _time(record, "time"),
+        _read_block_id(_entry(record, "last_block_id", dict)),
+        tuple(_hex(record, name) for name in HEADER_HASHES),
+    )
+
+
+def _read_block_id(record: Mapping[str, Any]) -> BlockId:
+    parts = _entry(record, "parts", dict)
     total = parts.get("total")
     if type(total) is not int or not 0 <= total < 2**32:
         raise MalformedMessage("block id", "a number of parts")
-    return _bytes(1, _hex(block_id, "hash")) + _field(2, _number(1, total) + _bytes(2, _hex(parts, "hash")))
+    return BlockId(_hex(record, "hash"), total, _hex(parts, "hash"))
 
 
-# --- JSON
+def _vote(entry: Any) -> Vote | None:
+    flag = entry.get("block_id_flag") if type(entry) is dict else None
+    if flag in (_ABSENT, _NIL):
+        return None
+    if flag != _COMMIT:
+        raise MalformedMessage("commit signature", "a block id flag of 1, 2 or 3")
+    signature = _base64(entry.get("signature"), SIGNATURE_BYTES)
+    return Vote(_time(entry, "timestamp"), signature, _hex(entry, "validator_address"))
 
 
 def _result(text: str, where: str) -> dict[str, Any]:
