@@ -45,11 +45,6 @@ def window_span(window: Window, interval: Interval) -> Span:
     return _long_span(window, interval.start_s // DAY_S)
 
 
-def closing_windows(interval: Interval) -> frozenset[Window]:
-    """The windows that end with this interval: at its gate 2 the demands in them are settled."""
-    return frozenset([window for window in Window if window_span(window, interval).end_s == interval.end_s])
-
-
 @lru_cache(maxsize=64)
 def _long_span(window: Window, day: int) -> Span:
     if window is Window.DAY:

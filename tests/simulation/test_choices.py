@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from broker.market.contracts import ShortageChoice, make_contract
 from broker.market.terms import make_terms
 from broker.market.windows import Window
@@ -15,6 +17,7 @@ from broker.protocol.sources import Source
 from broker.service.outlook import contract_outlook
 from broker.service.store import BrokerStore, DeliveryRow
 from simulation import audit
+from simulation.simulated_mqtt import Faults
 from simulation.world import INTERVAL_S, T0, Books, ConsumerPlan, DevicePlan, Plan, World
 
 SECOND = T0 + INTERVAL_S
@@ -92,6 +95,38 @@ def test_open_demands_survive_a_restart(folder: Path) -> None:
     books = world.run()
     audit.check(world, books)
     assert books.delivered_wh == {("anna", T0, "solar"): 300}
+
+
+DISTURBED = Plan(
+    ("east", "west"),
+    "east",
+    (
+        consumer("anna", "solar", 300, 300, 300, broker="west", window=Window.DAY),
+        consumer("ben", "solar", 200, 100, 100, window=Window.MONTH, excluded_providers=["pia"]),
+        consumer("cleo", "solar", 50, 50, 50),
+    ),
+    (roof(60, 700, 200), roof(40, 40, 40, owner="pia", device="barn")),
+)
+
+
+@pytest.mark.parametrize("share", range(12))
+def test_killed_at_any_moment_everybody_gets_the_same(share: int, folder: Path) -> None:
+    calm = World(DISTURBED, folder / "calm")
+    books = calm.run()
+    audit.check(calm, books)
+    world = World(DISTURBED, folder / "killed", kill_at=calm.moments * share // 12 + 1)
+    assert world.run() == books
+    audit.check(world, books)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_lost_and_repeated_messages_change_nothing(seed: int, folder: Path) -> None:
+    books = World(DISTURBED, folder / "calm").run()
+    world = World(
+        DISTURBED, folder / "faults", seed, faults=Faults(lost=20, doubled=20, reordered=20), kills=2, disconnects=2
+    )
+    assert world.run() == books
+    audit.check(world, books)
 
 
 def test_a_neighbour_fills_what_is_open(folder: Path) -> None:

@@ -1,11 +1,13 @@
 """Stock: what is taken, in which order, and that stocks with the same Wh behave the same."""
 
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from broker.market.lots import Lot
 from broker.market.stock import AssetKey, HeldSlice, Stock, StockError
 from broker.protocol.market_time import Interval
 from broker.protocol.sources import Source
@@ -180,3 +182,77 @@ def test_stock_agrees_with_a_set_of_single_wh_and_forgets_how_it_came_about(
         rebuilt.add(piece(asset, wh, wh + 1))
     for energy_wh in (len(held) // 3, len(held) - len(held) // 3):
         assert stock.take(Source.SOLAR, 0, energy_wh) == rebuilt.take(Source.SOLAR, 0, energy_wh)
+
+
+# --- lots
+
+
+def of_lot(asset: AssetKey, from_wh: int, to_wh: int, provider: str, **more: Any) -> HeldSlice:
+    return piece(asset, from_wh, to_wh)._replace(provider=provider, **more)
+
+
+def test_lots_are_what_contracts_can_tell_apart() -> None:
+    stock = stock_of(
+        of_lot(ROOF, 0, 10, "ola", reserved=True, only_for=("anna",)),
+        of_lot(ROOF, 10, 40, "ola", reserved=True),
+        of_lot(ROOF, 40, 100, "ola"),
+        of_lot(MILL, 0, 7, "ola"),
+        of_lot(MILL, 7, 9, "pia"),
+    )
+    assert stock.lots(0, 1) == {
+        Lot(Source.SOLAR, 0, "ola", 10): 67,
+        Lot(Source.SOLAR, 0, "ola", 10, True): 30,
+        Lot(Source.SOLAR, 0, "ola", 10, True, ("anna",)): 10,
+        Lot(Source.SOLAR, 0, "pia", 10): 2,
+    }
+    assert stock.lots(1, 1_800) == {}
+
+
+def test_taking_of_lots_goes_lot_by_lot_and_leaves_the_others_alone() -> None:
+    stock = stock_of(of_lot(ROOF, 0, 50, "ola"), of_lot(MILL, 0, 50, "pia"), of_lot(MILL, 50, 60, "ola"))
+    ola, pia = Lot(Source.SOLAR, 0, "ola", 10), Lot(Source.SOLAR, 0, "pia", 10)
+    assert stock.take_lots([ola], 20) == [of_lot(MILL, 50, 60, "ola"), of_lot(ROOF, 0, 10, "ola")]
+    assert stock.take_lots([pia, ola], 55) == [of_lot(MILL, 0, 50, "pia"), of_lot(ROOF, 10, 15, "ola")]
+    assert stock.take(Source.SOLAR, 0, 35) == [of_lot(ROOF, 15, 50, "ola")]
+
+
+def test_more_than_the_lots_hold_is_refused_and_nothing_is_taken() -> None:
+    stock = stock_of(of_lot(ROOF, 0, 50, "ola"), of_lot(MILL, 0, 50, "pia"))
+    with pytest.raises(StockError, match="51 Wh of 1 lots wanted, 1 fewer held"):
+        stock.take_lots([Lot(Source.SOLAR, 0, "ola", 10)], 51)
+    assert stock.available(FIRST) == {Source.SOLAR: 100}
+
+
+def test_reserves_are_known_by_interval() -> None:
+    stock = stock_of(of_lot(ROOF, 0, 50, "ola", reserved=True))
+    assert stock.holds_reserves(FIRST)
+    assert not stock.holds_reserves(SECOND)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_however_lots_and_sources_are_taken_no_wh_is_lost_or_given_twice(seed: int) -> None:
+    chooser = random.Random(seed)
+    stock = Stock()
+    left: dict[tuple[AssetKey, int], str] = {}
+    for asset in (ROOF, MILL):
+        at = 0
+        for _ in range(4):
+            size, provider = chooser.randint(1, 6), chooser.choice(["ola", "pia"])
+            stock.add(of_lot(asset, at, at + size, provider))
+            left.update({(asset, wh): provider for wh in range(at, at + size)})
+            at += size
+    while left:
+        provider = chooser.choice(["ola", "pia", ""])
+        mine = [key for key in left if not provider or left[key] == provider]
+        wh = chooser.randint(0, min(5, len(mine)))
+        lots = [Lot(Source.SOLAR, 0, provider, 10)]
+        pieces = stock.take_lots(lots, wh) if provider else stock.take(Source.SOLAR, 0, wh)
+        taken = [(one.asset, number) for one in pieces for number in range(one.from_wh, one.to_wh)]
+        assert taken == sorted(mine)[:wh]
+        for key in taken:
+            del left[key]
+        assert stock.available(FIRST).get(Source.SOLAR, 0) == len(left)
+        if chooser.random() < 0.3:
+            for one in pieces:
+                stock.add(one)
+                left.update({(one.asset, number): one.provider for number in range(one.from_wh, one.to_wh)})

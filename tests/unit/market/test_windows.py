@@ -1,11 +1,11 @@
-"""Windows: which generation fits a demand, and when a window ends."""
+"""Windows: which generation fits a demand."""
 
 from datetime import UTC, datetime
 
 import pytest
 
 from broker.ledger.operations import Window as LedgerWindow
-from broker.market.windows import Span, Window, closing_windows, window_span
+from broker.market.windows import Span, Window, window_span
 from broker.protocol.market_time import Interval
 
 
@@ -33,15 +33,3 @@ def test_days_and_months_are_those_of_utc(window: Window, span: tuple[int, int])
 def test_december_ends_with_the_year() -> None:
     start_s = utc(2025, 12, 3)
     assert window_span(Window.MONTH, Interval(start_s, start_s + 900)) == Span(utc(2025, 12, 1), utc(2026, 1, 1))
-
-
-@pytest.mark.parametrize(
-    ("start_s", "closing"),
-    [
-        (utc(2026, 1, 30, 12), {Window.INTERVAL}),
-        (utc(2026, 1, 30, 23), {Window.INTERVAL, Window.DAY}),
-        (utc(2026, 1, 31, 23), set(Window)),
-    ],
-)
-def test_a_window_closes_with_its_last_interval(start_s: int, closing: set[Window]) -> None:
-    assert closing_windows(Interval(start_s, start_s + 3_600)) == closing
