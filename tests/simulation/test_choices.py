@@ -239,3 +239,16 @@ def test_a_new_contract_is_held_against_what_was_left_over(folder: Path) -> None
         store.close()
         # 700 Wh were left in two of the intervals; with a margin of 1 they cost 81.
         assert served_wh == [1_200, 1_400, 0]
+
+
+def test_an_open_demand_is_decided_again_without_the_energy_that_the_ledger_refused(folder: Path) -> None:
+    """Barn comes first by its name, but feeds another area, which only the ledger looks at."""
+    anna = consumer("anna", "solar", 300, 0, window=Window.DAY)
+    devices = (roof(0, 200), roof(0, 300, device="barn", area="away"))
+    world = World(Plan(("east",), "east", (anna,), devices), folder)
+    books = world.run()
+    assert {(row.start_s, row.device): row.to_wh - row.from_wh for row in world_deliveries(world)} == {
+        (T0, "roof"): 200
+    }
+    assert books.unmatched_wh["anna", T0] == 100
+    assert world.meters["anna"].final[T0].unmatched_wh == 100
