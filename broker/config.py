@@ -109,8 +109,10 @@ class CertificatesSection:
     """By which factors certificates reckon CO2, in mg CO2-equivalent per kWh by source, and whose figures they are.
 
     `unmatched` names a residual mix for what no asset stands for. What the table does not name keeps its default.
+    `ledger` is a directory with a copy of the ledger by a validator, where this broker does not host it.
     """
 
+    ledger: Path | None = None
     factors_mg_per_kwh: dict[str, Annotated[int, Between(0, 10_000_000)]] = field(default_factory=dict)
     factors_source: str = ""
 

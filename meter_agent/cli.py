@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -74,6 +75,18 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--meter", metavar="NAME", help="only this meter")
     status.add_argument("--last", metavar="N", type=_count, default=10, help="how many of each list (default 10)")
     status.add_argument("--json", action="store_true", help="one JSON object")
+    certificate = _add(
+        adder, "certificate", _certificate, "ask the broker for the certificate of a consumer's meter, and write it"
+    )
+    certificate.add_argument("--meter", metavar="NAME", required=True, help="the consumer's meter")
+    certificate.add_argument(
+        "--from", dest="from_s", metavar="TIME", type=_time, required=True, help="for example 2026-01-01T00:00:00Z"
+    )
+    certificate.add_argument("--to", dest="to_s", metavar="TIME", type=_time, required=True, help="end, not included")
+    certificate.add_argument("--out", metavar="FILE", type=Path, required=True, help="where to write the certificate")
+    certificate.add_argument(
+        "--timeout", metavar="S", type=_seconds, default=600.0, help="seconds to wait for it (default 600)"
+    )
     _add_scan(adder)
     _add_profiles(adder)
     _add_simulate(adder)
@@ -208,6 +221,13 @@ def _count(text: str) -> int:
     return count
 
 
+def _time(text: str) -> int:
+    moment = datetime.fromisoformat(text)
+    if moment.tzinfo is None:
+        raise ValueError(text)
+    return int(moment.timestamp())
+
+
 def _run(options: argparse.Namespace) -> int:
     from meter_agent.clock import ConductorClock, SystemClock
     from meter_agent.journal import JournalError
@@ -310,6 +330,22 @@ def _checked_config(path: Path) -> AgentConfig:
 def _status(options: argparse.Namespace) -> int:
     config = load_agent_config(options.config)
     return commands.status(options, config, _chosen(options, config))
+
+
+def _certificate(options: argparse.Namespace) -> int:
+    from broker.protocol.keys import load_private_key
+    from meter_agent.certificates import NoCertificate, fetch
+
+    config = load_agent_config(options.config)
+    (meter,) = _chosen(options, config)
+    _check_mqtt_files(options.config, config)
+    key = load_private_key(config.meters[meter].key_file)
+    try:
+        fetch(config, meter, key, (options.from_s, options.to_s), options.out, options.timeout)
+    except (NoCertificate, OSError) as error:
+        return _fail(str(error), EXIT_FAILED)
+    print(f"{options.out}: check it with `energy-broker certificate verify {options.out} --trust TRUST.json`")
+    return EXIT_OK
 
 
 def _chosen(options: argparse.Namespace, config: AgentConfig) -> list[str]:

@@ -7,15 +7,17 @@ ProofFailed.
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import NamedTuple
 
 from broker.certificates.codes import UNMATCHED
 from broker.certificates.document import Certificate, CertifiedInterval, Factor, SourceTotal, Totals
-from broker.ledger.operations import Admit, AssetId, CorrectDemand, Operation, RotateKey, Window, decode_operation
+from broker.ledger.operations import Admit, AssetId, CorrectDemand, Operation, RotateKey, decode_operation
 from broker.ledger.receipts import ProofFailed
+from broker.market.windows import Window, window_span
 from broker.protocol.envelope import parse
 from broker.protocol.errors import MalformedMessage
+from broker.protocol.market_time import Interval
 from broker.protocol.messages import Admission, Genesis, KeyHolder, KeyRotation, MessageType
 from broker.protocol.sources import Source
 
@@ -77,7 +79,9 @@ class Contents:
         for interval in certificate.intervals:
             for given in interval.deliveries[-1:]:
                 # What is unfilled may still be given while the window is open.
-                last_s = max(last_s, window_end(given.window, interval.number * interval_s))
+                start_s = interval.number * interval_s
+                span = window_span(Window(given.window), Interval(start_s, start_s + interval_s))
+                last_s = max(last_s, span.end_s)
         return certificate.settled_s < last_s + self.genesis.correction_deadline_s
 
     def source_of(self, line: Line) -> Source:
@@ -88,16 +92,6 @@ class Contents:
 def utc_text(time_s: int) -> str:
     """A time as people and registries read it."""
     return datetime.fromtimestamp(time_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def window_end(window: Window, start_s: int) -> int:
-    """The end of the UTC day or month in which a demand's window lies; the start itself for its own interval."""
-    begin = datetime.fromtimestamp(start_s, UTC).replace(hour=0, minute=0, second=0)
-    if window is Window.INTERVAL:
-        return start_s
-    if window is Window.DAY:
-        return int((begin + timedelta(days=1)).timestamp())
-    return int((begin.replace(day=1) + timedelta(days=32)).replace(day=1).timestamp())
 
 
 def read_contents(certificate: Certificate) -> Contents:

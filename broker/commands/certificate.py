@@ -2,20 +2,17 @@
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from broker.commands.common import DONE, add_command, add_config_option, add_group, print_row
 from broker.commands.period import add_period_options, period_of
-from broker.config import UNMATCHED_LABEL, BrokerConfig, load_broker_config, load_genesis
-from broker.protocol.keys import load_private_key
+from broker.config import UNMATCHED_LABEL, load_broker_config
 from broker.protocol.sources import Source
 from firmware_config.loader import WrongValue
 
 if TYPE_CHECKING:
     from broker.certificates.contents import Contents
-    from broker.certificates.document import Factor
 
 ENERGYTAG: Final = "energytag"
 HTML: Final = "html"
@@ -29,7 +26,7 @@ def add_commands(commands: Any) -> None:
     issue.add_argument("--meter", required=True, metavar="NAME", help="the consumer's meter")
     add_period_options(issue)
     issue.add_argument(
-        "--ledger", type=Path, metavar="PATH", help="the ledger's directory; default: [ledger.host] path"
+        "--ledger", type=Path, metavar="PATH", help="the ledger's directory; default: as the config says"
     )
     issue.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the certificate")
     verify = add_command(
@@ -57,34 +54,16 @@ def add_commands(commands: Any) -> None:
 
 def _issue(options: argparse.Namespace) -> int:
     from broker.certificates.build import CertificateError
-    from broker.certificates.gather import issue_certificate
-    from broker.service.store import BrokerStore
+    from broker.certificates.issuing import issue, ledger_of
 
     config = load_broker_config(options.config)
-    genesis = load_genesis(config.ledger.genesis_file)
-    host = config.ledger.host
-    ledger = options.ledger or (host.path if host is not None else None)
+    ledger = options.ledger or ledger_of(config)
     if ledger is None:
-        raise WrongValue("--ledger", "a directory with a copy of the ledger: this broker's config hosts none")
-    factors, factors_source = _factors(config)
-    store = BrokerStore(config.database)
+        raise WrongValue("--ledger", "a directory with a copy of the ledger: this broker's config names none")
     try:
-        raw = issue_certificate(
-            store,
-            ledger,
-            genesis,
-            config.broker.name,
-            load_private_key(config.broker.key_file),
-            options.meter,
-            period_of(options),
-            int(time.time()),
-            factors,
-            factors_source,
-        )
+        raw = issue(config, ledger, options.meter, period_of(options))
     except CertificateError as error:
         raise WrongValue("certificate", str(error)) from error
-    finally:
-        store.close()
     options.out.write_bytes(raw)
     print(f"{options.out}: {len(raw)} bytes; it opens {options.meter}'s demands in this period, and no others")
     return DONE
@@ -226,17 +205,3 @@ def _line(contents: "Contents", number: int) -> dict[str, Any]:
 
 def _label(number: int) -> str:
     return Source(number).label if number else UNMATCHED_LABEL
-
-
-def _factors(config: BrokerConfig) -> tuple[list["Factor"], str]:
-    """The factors to reckon with, by number, and where they come from."""
-    from broker.certificates.codes import DEFAULT_FACTORS, DEFAULT_FACTORS_SOURCE, UNMATCHED
-    from broker.certificates.document import Factor
-
-    section = config.certificates
-    own = {
-        UNMATCHED if label == UNMATCHED_LABEL else int(Source[label.upper()]): mg
-        for label, mg in section.factors_mg_per_kwh.items()
-    }
-    source = f"{section.factors_source}; else {DEFAULT_FACTORS_SOURCE}" if own else DEFAULT_FACTORS_SOURCE
-    return [Factor(number, mg) for number, mg in sorted({**DEFAULT_FACTORS, **own}.items())], source

@@ -23,6 +23,12 @@ MAX_BATCH_OPERATIONS: Final = 4_096
 MAX_BLOCK_BYTES: Final = 2_097_152
 """One ledger block with its batches, and one page of blocks; mosquitto's message_size_limit must be at least this."""
 
+CERTIFICATE_PART_BYTES: Final = 262_144
+"""A certificate travels in parts of this size, so that a gateway holds little of it at a time."""
+
+MAX_CERTIFICATE_PARTS: Final = 256
+"""64 MB: more than a year of half hours has. What is longer is asked for in shorter periods."""
+
 MAX_NESTING: Final = 16
 """Our deepest message nests six levels; a CBOR bomb nests thousands."""
 

@@ -25,9 +25,11 @@ from broker.protocol.codec import (
 )
 from broker.protocol.keys import KEY_ID_BYTES
 from broker.protocol.limits import (
+    CERTIFICATE_PART_BYTES,
     MAX_BATCH_BYTES,
     MAX_BLOCK_BYTES,
     MAX_BROKER_MESSAGE_BYTES,
+    MAX_CERTIFICATE_PARTS,
     MAX_METER_MESSAGE_BYTES,
     MAX_PATH_BROKERS,
     MAX_REASON_CHARACTERS,
@@ -75,8 +77,11 @@ class MessageType(IntEnum):
     KEY_REVOCATION = 23
     VALIDATOR_CHANGE = 24
     WITNESS = 25
+    # 26 tells a certificate, which is a file and no message (docs/certificates.md).
     FORECAST = 27
     HINT = 28
+    CERTIFICATE_REQUEST = 29
+    CERTIFICATE_PART = 30
 
 
 class Quality(IntEnum):
@@ -284,6 +289,48 @@ class Delivery(Message):
         Field(7, "lines", Many(Row((Unsigned(NO_LINE), Choice(Source), Unsigned()), DeliveredLine), 64)),
     )
     MAX_BYTES: ClassVar[int] = MAX_METER_MESSAGE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class CertificateRequest(Message):
+    """The consumer asks for the certificate of `[from_s, to_s)`. The same request may be sent again."""
+
+    meter: str
+    request_id: bytes
+    from_s: int
+    to_s: int
+
+    TYPE: ClassVar[MessageType] = MessageType.CERTIFICATE_REQUEST
+    FIELDS: ClassVar[tuple[Field, ...]] = (
+        Field(0, "meter", Name()),
+        Field(1, "request_id", Bytes(REQUEST_ID_BYTES, REQUEST_ID_BYTES)),
+        Field(2, "from_s", Unsigned()),
+        Field(3, "to_s", Unsigned()),
+    )
+    MAX_BYTES: ClassVar[int] = MAX_METER_MESSAGE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class CertificatePart(Message):
+    """Part `part` of `parts` of a certificate, counted from 0; or none at all, with the reason."""
+
+    meter: str
+    request_id: bytes
+    part: int
+    parts: int
+    content: bytes
+    reason: str | None = None
+
+    TYPE: ClassVar[MessageType] = MessageType.CERTIFICATE_PART
+    FIELDS: ClassVar[tuple[Field, ...]] = (
+        Field(0, "meter", Name()),
+        Field(1, "request_id", Bytes(REQUEST_ID_BYTES, REQUEST_ID_BYTES)),
+        Field(2, "part", Unsigned(MAX_CERTIFICATE_PARTS)),
+        Field(3, "parts", Unsigned(MAX_CERTIFICATE_PARTS)),
+        Field(4, "content", Bytes(0, CERTIFICATE_PART_BYTES)),
+        Field(5, "reason", _REASON, optional=True),
+    )
+    MAX_BYTES: ClassVar[int] = MAX_BATCH_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -919,6 +966,8 @@ MESSAGE_CLASSES: Final[dict[MessageType, type[Message]]] = {
         Demand,
         Receipt,
         Delivery,
+        CertificateRequest,
+        CertificatePart,
         MeterStatus,
         Order,
         OrderAnswer,

@@ -30,6 +30,7 @@ from broker.protocol.keys import load_private_key, public_key_from_cose
 from broker.protocol.messages import BrokerStatus, Genesis, Report, Stage, Tick, Witness
 from broker.protocol.mqtt_link import Incoming, MqttConfig, MqttLink
 from broker.protocol.topics import Topics
+from broker.service.certificates import CertificateDesk, CertificateProcess
 from broker.service.core import Broker
 from broker.service.outputs import Identity, Publication
 from broker.service.store import BrokerStore
@@ -166,6 +167,9 @@ class BrokerService:
         stack.callback(self._link.close)
         if self._network is not None:
             self._network.start(self._link.wake)
+        process = CertificateProcess(config, self._link.wake)
+        stack.callback(process.close)
+        self._certificates = CertificateDesk(self._identity, self._topics, self._store, process.make)
         self._conductor = self._conductor_signer(genesis)
         self._tick: Tick | None = None
         self._report: Report | None = None
@@ -215,7 +219,7 @@ class BrokerService:
         return Signer(genesis.conductor.name, public_key_from_cose(genesis.conductor.key))
 
     def _subscriptions(self) -> list[tuple[str, int]]:
-        filters = self._broker.subscriptions()
+        filters = [*self._broker.subscriptions(), (self._topics.meter(self._name, "+", "certificate"), 1)]
         ledger = self._genesis.ledger
         if self._gateway is None:
             filters.append((self._topics.ledger_result(ledger, self._name), 1))
@@ -261,12 +265,12 @@ class BrokerService:
             # leaves nothing open has only answered those who are still at work themselves.
             self._publish_busy()
         self._feed_ledger(submissions, answers)
-        self._publish(outputs, answers)
+        self._publish([*outputs, *self._certificates.publications()], answers)
         self._publish_witness(now_s)
         for message in incoming:
             self._link.acknowledge(message)
-        self._busy = self._client.has_events
-        if not self._busy:
+        self._busy = self._client.has_events or self._certificates.has_more
+        if not self._client.has_events:
             self._publish_report()
         if now_s >= self._next_status_s:
             self._publish_status(online=True)
@@ -303,6 +307,8 @@ class BrokerService:
         match levels:
             case ("time",):
                 self._take_tick(message.payload)
+            case ("brokers", self._name, "meters", meter, "certificate"):
+                self._take_certificate_request(meter, message.payload)
             case ("ledger", _, "submit") if self._gateway is not None:
                 self._take_submission(message.payload, answers)
             case ("ledger", _, "checkpoint", party):
@@ -311,6 +317,12 @@ class BrokerService:
                 self._take_from_ledger(leaf, message.payload)
             case _:
                 self._broker.take_message(levels, message.payload)
+
+    def _take_certificate_request(self, meter: str, payload: bytes) -> None:
+        try:
+            self._certificates.take(meter, payload)
+        except ProtocolError as error:
+            LOG.warning("a request for a certificate on %s's topic is ignored: %s", meter, error)
 
     def _take_tick(self, payload: bytes) -> None:
         if self._conductor is None:

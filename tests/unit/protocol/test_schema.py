@@ -229,7 +229,7 @@ def test_asyncapi_names_every_message_once_with_its_type_rule_and_limit() -> Non
 
 def test_asyncapi_describes_exactly_the_topics_of_the_topic_builder() -> None:
     topics = Topics()
-    leaves = ("reading", "demand", "status", "receipt", "delivery", "hint")
+    leaves = ("reading", "demand", "status", "receipt", "delivery", "hint", "certificate", "certificate-part")
     built = {topics.meter("{broker}", "{meter}", leaf) for leaf in leaves} | {
         topics.request("{broker}"),
         topics.response("{broker}", "{peer}"),

@@ -1,0 +1,64 @@
+"""A consumer's agent asks its broker for a certificate over MQTT, and checks what comes without the broker."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from dengen_testing.listener import Listener
+from dengen_testing.market import energy_broker
+from dengen_testing.mosquitto import Mosquitto
+from dengen_testing.processes import ProcessGroup
+from support.broker_desk import INTERVAL_S, T0, BrokerDesk
+from support.schema import validate_traffic
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def desk(
+    tmp_path: Path, mosquitto: Mosquitto, processes: ProcessGroup, start_listener: Callable[..., Listener]
+) -> BrokerDesk:
+    listener = start_listener(mosquitto.mqtt_config(), ["dengen/v1/#"])
+    made = BrokerDesk(tmp_path / "market", mosquitto, listener, processes)
+    for meter in ("anna", "ben"):
+        # There is no meter to read here, but an agent's config says where it is.
+        with made.workspace.config(meter).open("a") as config:
+            config.write(f'[meters.{meter}.reader]\nprotocol = "p1"\nport = "/dev/null"\n')
+    return made
+
+
+def ask(desk: BrokerDesk, meter: str, from_s: int, to_s: int, out: Path) -> subprocess.CompletedProcess[str]:
+    """`meter-agent certificate`, as a process of its own."""
+    begin, end = (datetime.fromtimestamp(time_s, UTC).isoformat() for time_s in (from_s, to_s))
+    command = [sys.executable, "-m", "meter_agent.cli", "certificate", "--config", str(desk.workspace.config(meter))]
+    command += ["--meter", meter, "--from", begin, "--to", end, "--out", str(out), "--timeout", "90"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_consumers_agent_gets_a_certificate_that_verifies_offline(desk: BrokerDesk, tmp_path: Path) -> None:
+    desk.tick(T0 + INTERVAL_S + 10)
+    for meter, energy_wh in (("roof", 900), ("mill", 400), ("anna", 500), ("dam", 100), ("ben", 300)):
+        desk.report(meter, energy_wh)
+    out = tmp_path / "anna.cbor"
+    early = ask(desk, "anna", T0, T0 + INTERVAL_S, out)
+    assert early.returncode == 1
+    assert "east issues no certificate" in early.stderr
+    assert not out.exists()
+    for after_s in (700, 1_300):
+        desk.tick(T0 + INTERVAL_S + after_s)
+    asked = ask(desk, "anna", T0, T0 + INTERVAL_S, out)
+    assert asked.returncode == 0, asked.stderr
+    trust = tmp_path / "trust.json"
+    trust.write_text(energy_broker("ledger", "trust", "--genesis", desk.workspace.genesis))
+    proven = json.loads(energy_broker("certificate", "verify", out, "--trust", trust, "--json"))
+    assert (proven["meter"], proven["broker"], proven["demanded_wh"]) == ("anna", "east", 500)
+    assert proven["by_source_wh"] == {"solar": 300, "wind": 200}
+    # The other broker has no copy of the ledger, and says so.
+    without = ask(desk, "ben", T0, T0 + INTERVAL_S, tmp_path / "ben.cbor")
+    assert without.returncode == 1
+    assert "west has no copy of the ledger" in without.stderr
+    validate_traffic((message.topic, message.payload) for message in desk.listener.messages)
