@@ -4,11 +4,27 @@ The fixtures that start mosquitto, brokers, agents and meters come from the publ
 """
 
 import os
+import shutil
+from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
+
+from broker.ledger.cometbft.binary import CometbftMissing, find_cometbft
 
 settings.register_profile(
     "quick", max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.register_profile("full", max_examples=500, deadline=None, print_blob=True)
 settings.load_profile("full" if os.environ.get("DENGEN_FULL") == "1" else "quick")
+
+
+@pytest.fixture(scope="session")
+def cometbft() -> Path:
+    """The CometBFT program. Without one a test is skipped, but not where it could have been built."""
+    try:
+        return find_cometbft()
+    except CometbftMissing as error:
+        if shutil.which("go"):
+            pytest.fail(f"Go is here, so CometBFT can be: run deploy/setup/cometbft. {error}")
+        pytest.skip(str(error))

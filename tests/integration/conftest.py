@@ -1,11 +1,6 @@
-"""Fixtures that start the other ends of wires, close readers, and find CometBFT."""
-
-import shutil
-from pathlib import Path
+"""Fixtures that start the other ends of wires and close readers."""
 
 import pytest
-
-from broker.ledger.cometbft.binary import CometbftMissing, find_cometbft
 
 
 @pytest.fixture
@@ -35,14 +30,3 @@ def closing():
     yield keep
     for reader in readers:
         reader.close()
-
-
-@pytest.fixture(scope="session")
-def cometbft() -> Path:
-    """The CometBFT program. Without one a test is skipped, but not where it could have been built."""
-    try:
-        return find_cometbft()
-    except CometbftMissing as error:
-        if shutil.which("go"):
-            pytest.fail(f"Go is here, so CometBFT can be: run deploy/setup/cometbft. {error}")
-        pytest.skip(str(error))
