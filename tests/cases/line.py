@@ -43,9 +43,14 @@ class Line:
         self._thread.start()
 
     def lose(self, topic_end: str, times: int) -> None:
-        """The next `times` messages whose topic ends like this do not arrive. 0: they arrive again."""
+        """The next `times` messages whose topic ends like this do not arrive."""
         with self._lock:
             self._to_lose[topic_end] = times
+
+    def lose_nothing(self) -> None:
+        """From now on everything arrives."""
+        with self._lock:
+            self._to_lose = {}
 
     def close(self) -> None:
         self._closed.set()

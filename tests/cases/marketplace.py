@@ -24,8 +24,9 @@ from dengen_testing.waiting import WaitedTooLong, wait_until
 
 from broker.ledger.cometbft.home import LEDGER_FOLDER
 from broker.ledger.cometbft.testnet import load_testnet
+from broker.ledger.operations import Deliver, Transfer, decode_operation
 from broker.protocol.envelope import Signer, open_envelope, parse, seal
-from broker.protocol.keys import load_private_key
+from broker.protocol.keys import PublicKey, load_private_key
 from broker.protocol.messages import (
     MESSAGE_CLASSES,
     Carrier,
@@ -247,11 +248,17 @@ class MarketPlace:
         self.time_passes_until(self.now_s + 2)
 
     def gate_1_passes(self) -> None:
-        """Say that it is gate 1, and do not wait: for what cannot be finished yet."""
-        self.settle()
-        self.now_s = self.half_hour_s + HALF_HOUR_S + GATE_1_S
-        key = load_private_key(self.key_file("conductor"))
-        self.publish(self.topics.time, seal(Tick(self.now_s, Stage.MARKET), key, LEDGER, "conductor"), retain=True)
+        """Gate 1, without waiting for brokers to be done: for what cannot be finished yet."""
+        self._say_time(self.half_hour_s + HALF_HOUR_S + GATE_1_S)
+
+    def gate_2_passes(self) -> None:
+        """Gate 2, while something is unfinished."""
+        self._say_time(self.half_hour_s + HALF_HOUR_S + GATE_2_S)
+
+    def _say_time(self, time_s: int) -> None:
+        self.now_s = time_s
+        tick = self.sealed_by("conductor", Tick(time_s, Stage.MARKET))
+        self.publish(self.topics.time, tick, retain=True)
 
     def _check_processes(self) -> None:
         for broker in self.brokers.values():
@@ -339,13 +346,30 @@ genesis_file = "genesis.cbor"
                 row["reading"] = content(bytes.fromhex(row["statement"]))
         return [row for row in found if _start_of(row) == self.half_hour_s]
 
+    def batches_now(self, kind: type[Deliver] | type[Transfer]) -> list[bytes]:
+        """The batches with such operations about the last half hour, as the feed of blocks shows them."""
+        found = []
+        for message in self.heard(self.topics.ledger_feed(LEDGER)):
+            for raw in content(message.payload).batches:
+                said = [decode_operation(operation) for operation in content(raw).operations]
+                if any(isinstance(operation, kind) and _is_about(operation, self.half_hour_s) for operation in said):
+                    found.append(raw)
+        return found
+
+    def has_closed(self, broker: Broker) -> bool:
+        """True if the ledger shows that this broker has closed the last half hour."""
+        return self._close_of(broker) is not None
+
     def closed_by(self, broker: Broker) -> tuple[int, int, int]:
         """What stands on the ledger about that broker's half hour: demands, their Wh, and the Wh delivered to them."""
-        lines = energy_broker("ledger", "audit", "--by", "closes", "--json", self.ledger).splitlines()
-        (row,) = [
-            row for row in map(json.loads, lines) if (row["broker"], row["start_s"]) == (broker.name, self.half_hour_s)
-        ]
+        row = self._close_of(broker)
+        assert row is not None, f"{broker.name} has not closed"
         return row["demands"], row["demanded_wh"], row["delivered_wh"]
+
+    def _close_of(self, broker: Broker) -> dict[str, Any] | None:
+        lines = energy_broker("ledger", "audit", "--by", "closes", "--json", self.ledger).splitlines()
+        named = {(row["broker"], row["start_s"]): row for row in map(json.loads, lines)}
+        return named.get((broker.name, self.half_hour_s))
 
     def holder_of(self, device: str) -> dict[str, int]:
         """Who holds how many undelivered Wh of what that device made in the last half hour."""
@@ -387,6 +411,9 @@ genesis_file = "genesis.cbor"
         """The public key of that party or meter in hex; it is made when it is first asked for."""
         path = self.key_file(name)
         return energy_broker("key", "show" if path.exists() else "new", path).strip()
+
+    def public_key(self, name: str) -> PublicKey:
+        return load_private_key(self.key_file(name)).public
 
     def registration_of(self, party: str, role: str) -> Path:
         out = self.folder / f"{party}.registration"
@@ -456,10 +483,7 @@ genesis_file = "genesis.cbor"
 
     def opened(self, message: Incoming) -> Any:
         """The verified message of a broker of this market."""
-        signers = {}
-        for name in self.brokers:
-            public = load_private_key(self.key_file(name)).public
-            signers[public.key_id] = Signer(name, public)
+        signers = {self.public_key(name).key_id: Signer(name, self.public_key(name)) for name in self.brokers}
         return open_envelope(message.payload, LEDGER, signers.get).message
 
 
@@ -467,6 +491,10 @@ def content(raw: bytes) -> Any:
     """What a sealed message says, without a look at who signed it."""
     envelope = parse(raw)
     return MESSAGE_CLASSES[envelope.message_type].from_payload(envelope.payload)
+
+
+def _is_about(operation: Deliver | Transfer, start_s: int) -> bool:
+    return (operation.asset if isinstance(operation, Transfer) else operation).start_s == start_s
 
 
 def _start_of(operation: dict[str, Any]) -> int | None:

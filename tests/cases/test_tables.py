@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from dengen_testing.market import energy_broker
 
-from broker.protocol.keys import load_private_key
 from broker.service.registration import TABLES
 from cases.marketplace import Broker, MarketPlace, Meter
 
@@ -35,7 +34,7 @@ def test_8_users_providers_contracts_and_history_can_be_listed(
     market: MarketPlace, east: Broker, west: Broker, anna: Meter
 ) -> None:
     # Users: whom a broker serves, by the id of the meter's key.
-    key_id = load_private_key(market.key_file("anna")).public.key_id.hex()
+    key_id = market.public_key("anna").key_id.hex()
     assert [(row["meter"], row["key_id"]) for row in east.table("consumers")] == [("anna", key_id)]
     # Providers: devices with owner, source, price.
     (provider,) = east.table("providers")
