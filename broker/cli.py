@@ -15,6 +15,7 @@ from broker.commands import (
     certificate,
     consumer,
     copies,
+    forecast,
     key,
     ledger,
     privacy,
@@ -66,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"energy-broker {version('dengen')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    groups = (broker, copies, key, ledger, registrar, provider, consumer, statement, certificate, privacy)
+    groups = (broker, copies, key, ledger, registrar, provider, consumer, statement, forecast, certificate, privacy)
     for group in groups:
         group.add_commands(commands)
     return parser

@@ -29,12 +29,17 @@ def add_commands(commands: Any) -> None:
         metavar="WH",
         help="consumption to hold the contract against what was left over lately; default 10000",
     )
+    add.add_argument("--hints", action="store_true", help="send it hints when its sources will be plentiful or short")
+    hints = add_command(group, "hints", "Send a consumer hints of the next day, or stop doing so.", _consumer_hints)
+    add_config_option(hints)
+    hints.add_argument("--meter", required=True, metavar="NAME", help="the consumer's meter")
+    hints.add_argument("--off", action="store_true", help="send none any more")
     add.add_argument("--key", required=True, metavar="KEY", help="the meter's public key (`meter-agent` signs with it)")
 
 
 def _consumer_add(options: argparse.Namespace) -> int:
     from broker.service.outlook import DAYS, contract_outlook
-    from broker.service.registration import add_consumer
+    from broker.service.registration import add_consumer, wish_hints
     from broker.service.store import BrokerStore
 
     config = load_broker_config(options.config)
@@ -43,6 +48,8 @@ def _consumer_add(options: argparse.Namespace) -> int:
     store = BrokerStore(config.database)
     try:
         add_consumer(store, genesis, options.meter, parse_public_key(options.key), contract, int(time.time()))
+        if options.hints:
+            wish_hints(store, options.meter, wished=True)
         day_wh = options.expect_wh_a_day
         lines = contract_outlook(store, genesis, contract, day_wh, config.market.consumer_margin)
     finally:
@@ -71,6 +78,19 @@ def _consumer_contract(options: argparse.Namespace) -> int:
     finally:
         store.close()
     return _print_contract(options.meter, contract)
+
+
+def _consumer_hints(options: argparse.Namespace) -> int:
+    from broker.service.registration import wish_hints
+    from broker.service.store import BrokerStore
+
+    store = BrokerStore(load_broker_config(options.config).database)
+    try:
+        wish_hints(store, options.meter, wished=not options.off)
+    finally:
+        store.close()
+    print(f"{options.meter}: {'no hints' if options.off else 'hints of each next day'}")
+    return DONE
 
 
 def _print_contract(meter: str, contract: Contract) -> int:

@@ -59,6 +59,7 @@ from broker.protocol.sources import Source
 from broker.protocol.topics import Topics
 from broker.service.batches import BatchDesk, in_batches
 from broker.service.cycle import Cycle
+from broker.service.foresight import Foresight
 from broker.service.intake import Accepted, Intake
 from broker.service.neighbours import Neighbours, transfer_row
 from broker.service.outputs import Identity, Outputs
@@ -133,6 +134,9 @@ class Broker:
             highest_price,
             tariff,
         )
+        self._foresight = Foresight(
+            identity, self._calendar, topics, store, self._registry, self.outputs, has_neighbours=bool(neighbours)
+        )
         self._readings: list[Accepted] = []
         self._holdings_height: int | None = None
         self._stopped = False
@@ -153,8 +157,18 @@ class Broker:
             and not self._statements_waiting
             and not self._neighbours.waits_for_answers
             and not self._neighbours.owes_answers
+            and not self._foresight.unfinished
             and not self._due()
         )
+
+    @property
+    def unfinished(self) -> bool:
+        """True if the next turn has something to do without anything coming in."""
+        return self._may_decide and self._foresight.unfinished
+
+    @property
+    def _may_decide(self) -> bool:
+        return not self._stopped and self._holdings_height is not None and self.market_time_s is not None
 
     @property
     def stock_from_s(self) -> int:
@@ -189,6 +203,7 @@ class Broker:
         for signer in self._signers.values():
             filters.append((self._topics.cleared(signer.name), 1))
             filters.append((self._topics.stock(signer.name), 1))
+            filters.append((self._topics.forecast(signer.name), 1))
         return filters
 
     # What comes in
@@ -201,6 +216,7 @@ class Broker:
     def registrations_changed(self) -> None:
         """The command line has written into the store."""
         self._registry.forget()
+        self._foresight.look_again()
         self._statements_waiting = bool(self._store.statements(WorkState.WAITING))
 
     def reconnected(self, now_s: float) -> None:
@@ -208,6 +224,7 @@ class Broker:
         for topic, raw in self._store.announcements():
             self.outputs.publish(topic, raw, retain=True)
         self._neighbours.send_again(now_s, reconnected=True)
+        self._foresight.again()
 
     def send_again(self, now_s: float) -> None:
         """Repeat what is overdue in network time."""
@@ -241,6 +258,7 @@ class Broker:
             self._refill = True
         if not accepted.again:
             self._cycle.note_accepted(value.start_s)
+            self._foresight.count(value)
 
     def _take_broker_message(self, levels: tuple[str, ...], payload: bytes) -> None:
         try:
@@ -259,6 +277,8 @@ class Broker:
             case ("brokers", sender, "cleared"), Cleared() if sender == peer:
                 self._neighbours.hear(peer, message)
             case ("brokers", sender, "stock"), messages.Stock() if sender == peer:
+                self._neighbours.hear(peer, message)
+            case ("brokers", sender, "forecast"), messages.Forecast() if sender == peer:
                 self._neighbours.hear(peer, message)
             case _:
                 self.outputs.complain(
@@ -468,10 +488,13 @@ class Broker:
         """Do everything that can be done now. `now_s` is network time, for time-outs only."""
         self._submit_statements()
         self._provide()
-        if self._stopped or self._holdings_height is None or self.market_time_s is None:
+        self._foresight.keep_counted()
+        if not self._may_decide:
             return
         while self._step(now_s):
             pass
+        assert self._cycle.current is not None  # Market time is known, and with it the interval in work.
+        self._foresight.advance(self._cycle.current)
 
     def _due(self) -> bool:
         """True if a gate has been reached whose work is not done."""

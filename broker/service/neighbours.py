@@ -470,8 +470,8 @@ class Neighbours:
         self._store.set_announcement(topic, raw)
         self._outputs.publish(topic, raw, retain=True)
 
-    def hear(self, peer: str, announcement: Cleared | messages.Stock) -> None:
-        """A neighbour's announcement about one interval."""
+    def hear(self, peer: str, announcement: Cleared | messages.Stock | messages.Forecast) -> None:
+        """A neighbour's announcement about one interval, or about the day that begins then."""
         if announcement.broker != peer:
             self._outputs.complain(f"{peer} announces in the name of {announcement.broker}; it is ignored")
             return

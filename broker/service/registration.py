@@ -55,6 +55,15 @@ def add_consumer(
     store.commit()
 
 
+def wish_hints(store: BrokerStore, meter: str, *, wished: bool) -> None:
+    """Note whether a consumer wants hints of the next day. Raises RegistrationError if the meter is none of ours."""
+    if store.consumer(meter) is None:
+        raise RegistrationError(f"{meter} is no consumer's meter here; `energy-broker list consumers` names them")
+    store.begin()
+    store.set_hint_wish(meter, wished=wished)
+    store.commit()
+
+
 def change_contract(store: BrokerStore, genesis: Genesis, meter: str, contract: Contract) -> int:
     """Add a new version of a consumer's contract; the old ones stay on record. Returns its version number.
 
@@ -208,7 +217,12 @@ def rows_of(store: BrokerStore, table: str) -> Iterator[dict[str, Any]]:
 
 def _consumers(store: BrokerStore) -> Iterator[dict[str, Any]]:
     for row in store.consumers():
-        yield {"meter": row.meter, "key_id": row.key_id.hex(), "registered_s": row.registered_s}
+        yield {
+            "meter": row.meter,
+            "key_id": row.key_id.hex(),
+            "registered_s": row.registered_s,
+            "hints": store.wishes_hints(row.meter),
+        }
 
 
 def _contracts(store: BrokerStore) -> Iterator[dict[str, Any]]:

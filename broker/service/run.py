@@ -269,7 +269,7 @@ class BrokerService:
         self._publish_witness(now_s)
         for message in incoming:
             self._link.acknowledge(message)
-        self._busy = self._client.has_events or self._certificates.has_more
+        self._busy = self._client.has_events or self._certificates.has_more or self._broker.unfinished
         if not self._client.has_events:
             self._publish_report()
         if now_s >= self._next_status_s:

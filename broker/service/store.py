@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 from broker.protocol import cbor
 from broker.protocol.messages import MessageType
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 
 _SCHEMA: Final = """
 CREATE TABLE consumer (
@@ -91,6 +91,16 @@ CREATE TABLE heard (
     start_s INTEGER NOT NULL, kind INTEGER NOT NULL, broker TEXT NOT NULL, payload BLOB NOT NULL,
     PRIMARY KEY (start_s, kind, broker)
 ) WITHOUT ROWID;
+CREATE TABLE history (
+    start_s INTEGER NOT NULL, kind INTEGER NOT NULL, target INTEGER NOT NULL, energy_uwh INTEGER NOT NULL,
+    PRIMARY KEY (start_s, kind, target)
+) WITHOUT ROWID;
+CREATE TABLE expected (
+    kind INTEGER NOT NULL, target INTEGER NOT NULL, day_s INTEGER NOT NULL, energies_wh BLOB NOT NULL,
+    PRIMARY KEY (kind, target)
+) WITHOUT ROWID;
+CREATE TABLE hint_wish (meter TEXT PRIMARY KEY, hinted_s INTEGER NOT NULL) WITHOUT ROWID;
+CREATE INDEX hint_wish_due ON hint_wish (hinted_s);
 """
 
 _TRANSFER_COLUMNS: Final = "flow, party, device, asset_start_s, asset_revision, from_wh, to_wh, source, price, order_id"
@@ -887,6 +897,79 @@ class BrokerStore:
     def forget_heard(self, before_s: int) -> None:
         """Drop what was heard about intervals that start before."""
         self._db.execute("DELETE FROM heard WHERE start_s < ?", (before_s,))
+
+    def newest_heard(self, kind: MessageType) -> list[bytes]:
+        """The payload of each neighbour's newest announcement of that kind, by neighbour."""
+        # In SQLite the other columns beside a max() are those of the row that has it.
+        rows = self._db.execute(
+            "SELECT broker, payload, max(start_s) FROM heard WHERE kind = ? GROUP BY broker ORDER BY broker",
+            (int(kind),),
+        )
+        return [row[1] for row in rows]
+
+    # Foresight
+
+    def add_history(self, rows: Iterable[tuple[int, int, int, int]]) -> None:
+        """Add to the sums of (start_s, kind, target): energy_uwh, millionths of a Wh, the fourth of each row."""
+        self._db.executemany(
+            "INSERT INTO history VALUES (?, ?, ?, ?)"
+            " ON CONFLICT DO UPDATE SET energy_uwh = energy_uwh + excluded.energy_uwh",
+            rows,
+        )
+
+    def history(self, since_s: int, until_s: int) -> Iterator[tuple[int, int, int, int]]:
+        """The sums (start_s, kind, target, energy_uwh) of intervals that begin in `[since_s, until_s)`."""
+        return self._db.execute("SELECT * FROM history WHERE start_s >= ? AND start_s < ?", (since_s, until_s))
+
+    def forget_history(self, before_s: int) -> None:
+        """Drop the sums of intervals that start before."""
+        self._db.execute("DELETE FROM history WHERE start_s < ?", (before_s,))
+
+    def transferred_wh(self, flow: int, since_s: int, until_s: int) -> list[tuple[int, int, int]]:
+        """(start_s, source, Wh) of transfers of one kind, for each interval that begins in `[since_s, until_s)`."""
+        return self._db.execute(
+            "SELECT asset_start_s, source, sum(to_wh - from_wh) FROM transfer WHERE asset_start_s >= ?"
+            " AND asset_start_s < ? AND flow = ? GROUP BY asset_start_s, source",
+            (since_s, until_s, flow),
+        ).fetchall()
+
+    def set_expected(self, day_s: int, rows: Iterable[tuple[int, int, tuple[int, ...]]]) -> None:
+        """Keep what is expected of a day, as (kind, target, Wh of each interval), in place of what was kept before."""
+        self._db.execute("DELETE FROM expected")
+        self._db.executemany(
+            "INSERT INTO expected VALUES (?, ?, ?, ?)",
+            [(kind, target, day_s, cbor.encode(energies_wh)) for kind, target, energies_wh in rows],
+        )
+
+    def expected(self) -> list[tuple[int, int, int, tuple[int, ...]]]:
+        """(day_s, kind, target, Wh of each interval) of the day that was forecast last."""
+        rows = self._db.execute("SELECT day_s, kind, target, energies_wh FROM expected ORDER BY kind, target")
+        return [(day_s, kind, target, tuple(cbor.decode(raw, "expected", 4_096))) for day_s, kind, target, raw in rows]
+
+    def set_hint_wish(self, meter: str, *, wished: bool) -> None:
+        """Note whether a consumer wants hints."""
+        if wished:
+            self._db.execute("INSERT OR IGNORE INTO hint_wish VALUES (?, 0)", (meter,))
+        else:
+            self._db.execute("DELETE FROM hint_wish WHERE meter = ?", (meter,))
+
+    def wishes_hints(self, meter: str) -> bool:
+        return self._db.execute("SELECT 1 FROM hint_wish WHERE meter = ?", (meter,)).fetchone() is not None
+
+    def hints_due(self, day_s: int, most: int) -> list[str]:
+        """Meters that want hints and have not been sent that day's, at most so many."""
+        rows = self._db.execute(
+            "SELECT meter FROM hint_wish WHERE hinted_s < ? ORDER BY hinted_s, meter LIMIT ?", (day_s, most)
+        )
+        return [row[0] for row in rows]
+
+    def set_hinted(self, meters: Iterable[str], day_s: int) -> None:
+        """Note that these meters have been sent the hint of that day."""
+        self._db.executemany("UPDATE hint_wish SET hinted_s = ? WHERE meter = ?", [(day_s, meter) for meter in meters])
+
+    def forget_hinted(self) -> None:
+        """Every hint has to be sent again."""
+        self._db.execute("UPDATE hint_wish SET hinted_s = 0 WHERE hinted_s > 0")
 
 
 def encode_quotas(quotas: Sequence[int]) -> bytes:

@@ -11,8 +11,9 @@ import pytest
 
 from broker import cli
 from broker.config import load_broker_config
-from broker.protocol.messages import Genesis, MessageType, SourceOffer, Stock
-from broker.protocol.sources import Source
+from broker.market.forecast import HistoryKind
+from broker.protocol.messages import Forecast, Genesis, MessageType, SourceOffer, SourceOutlook, Stock
+from broker.protocol.sources import Source, SourceGroup
 from broker.service.store import BatchKind, BatchRow, BrokerStore, OrderInRow, OrderOutRow, WorkState
 
 ROOT = Path(__file__).parents[3]
@@ -286,6 +287,66 @@ def test_a_consumer_is_added_once_and_keeps_its_contract(desk: Desk) -> None:
     (row,) = map(json.loads, desk.table("contracts", "--json").splitlines())
     assert row["lines_ppm"] == {"solar": 400_000, "wind": 300_000, "any": 300_000}
     assert desk.table("consumers").count("\n") == 1
+
+
+def test_a_consumer_asks_for_hints_and_can_do_without_them(desk: Desk) -> None:
+    def wishes() -> list[bool]:
+        return [json.loads(row)["hints"] for row in desk.table("consumers", "--json").splitlines()]
+
+    desk.done(*desk.consumer("--line", "solar=40", "--hints"))
+    assert wishes() == [True]
+    words = ["consumer", "hints", "--config", desk.config, "--meter"]
+    assert desk.done(*words, "home", "--off") == "home: no hints\n"
+    assert wishes() == [False]
+    assert desk.done(*words, "home") == "home: hints of each next day\n"
+    assert wishes() == [True]
+    code, _, err = desk.run(*words, "barn")
+    assert code == 2
+    assert "barn is no consumer's meter here" in err
+
+
+def test_the_forecasts_of_this_broker_and_its_neighbours_are_shown(desk: Desk) -> None:
+    words = ["forecast", "--config", desk.config]
+    assert "nothing is forecast yet" in desk.done(*words)
+    assert desk.done(*words, "--json") == ""
+    day_s = 20_000 * 86_400
+    solar, wind, anything = int(Source.SOLAR), int(Source.WIND), int(SourceGroup.ANY)
+    generated, demanded = int(HistoryKind.GENERATED), int(HistoryKind.DEMANDED)
+    first_wh = 1, *(0,) * 47
+    store = desk.store()
+    store.begin()
+    store.set_expected(
+        day_s,
+        [
+            (generated, solar, tuple(700 * wh for wh in first_wh)),
+            (demanded, solar, tuple(200 * wh for wh in first_wh)),
+            (demanded, wind, tuple(50 * wh for wh in first_wh)),
+            (demanded, anything, tuple(600 * wh for wh in first_wh)),
+        ],
+    )
+    for broker, surplus_wh in (("west", 400), ("north", 100)):
+        heard = Forecast(
+            broker, day_s, day_s + 86_400, (SourceOutlook(Source.WIND, 2, 0, surplus_wh),), (300, *(0,) * 47)
+        )
+        store.set_heard(day_s, MessageType.FORECAST, broker, heard.to_payload())
+    old = Forecast("west", day_s - 86_400, day_s, (), (900,) * 48)
+    store.set_heard(old.start_s, MessageType.FORECAST, "west", old.to_payload())
+    store.commit()
+    store.close()
+    keys = ("generated_wh", "demanded_wh", "shortage_wh", "surplus_wh")
+    rows = [json.loads(row) for row in desk.done(*words, "--json").splitlines()]
+    assert {
+        (row["broker"], row["start_s"] - day_s, row["target"]): tuple(row[key] for key in keys) for row in rows
+    } == {
+        ("east", 0, "solar"): (700, 200, 0, 0),
+        ("east", 0, "wind"): (0, 50, 50, 0),
+        ("east", 0, "any"): (0, 600, 100, 0),
+        ("north", 3_600, "wind"): (None, None, 0, 100),
+        ("north", 0, "groups"): (None, None, 300, 0),
+        ("west", 3_600, "wind"): (None, None, 0, 400),
+        ("west", 0, "groups"): (None, None, 300, 0),
+    }
+    assert desk.done(*words).count("\n") == len(rows)
 
 
 def test_a_contract_changes_from_a_coming_time_on(desk: Desk) -> None:
