@@ -255,7 +255,8 @@ class AgentSettings:
 
     `name` is how it takes part in simulated time and what its MQTT client id is made of; the first meter's name unless
     given. With `require_synchronised_clock` no interval is sealed before the operating system says that its clock is
-    synchronised. Acknowledged intervals are kept for `keep_days`.
+    synchronised. Acknowledged intervals are kept for `keep_days`. `hints`: listen for what the broker says of the next
+    day to consumers' meters.
     """
 
     data_dir: Path
@@ -267,6 +268,7 @@ class AgentSettings:
     conductor: PartyKey | None = None
     require_synchronised_clock: bool = True
     keep_days: Annotated[int, Between(1, 3_660)] = 92
+    hints: bool = False
 
     def __post_init__(self) -> None:
         if self.clock == "conductor" and self.conductor is None:

@@ -8,7 +8,7 @@ is replaced by what is newer.
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -26,6 +26,7 @@ class _Shown:
     """What is known of a meter, and what the server has been told on this connection."""
 
     sample: Sample | None = None
+    hints: Mapping[str, bytes] = field(default_factory=dict)
     available: bool = False
     leaves: frozenset[str] = frozenset()
     told_leaves: frozenset[str] = frozenset()
@@ -75,12 +76,12 @@ class HomeLink:
         """Why it is not."""
         return self._link.last_failure
 
-    def show(self, meter: str, sample: Sample) -> None:
-        """The meter shows this now."""
+    def show(self, meter: str, sample: Sample, hints: Mapping[str, bytes]) -> None:
+        """The meter shows this now, and the broker hints at that (values by the last level of their topics)."""
         with self._lock:
             shown = self._meters.setdefault(meter, _Shown())
-            shown.sample, shown.available = sample, True
-            shown.leaves |= values(sample).keys()
+            shown.sample, shown.hints, shown.available = sample, hints, True
+            shown.leaves |= values(sample).keys() | hints.keys()
 
     def failed(self, meter: str) -> None:
         """The meter cannot be read."""
@@ -119,7 +120,7 @@ class HomeLink:
         self._send(self._topics.agent_availability, ONLINE)
         with self._lock:
             for meter, shown in self._meters.items():
-                self._meters[meter] = _Shown(shown.sample, shown.available, shown.leaves)
+                self._meters[meter] = _Shown(shown.sample, shown.hints, shown.available, shown.leaves)
 
     def _publish(self, meter: str, shown: _Shown) -> None:
         if shown.available != shown.told_available:
@@ -133,7 +134,7 @@ class HomeLink:
             message = discovery(self._topics, meter, shown.leaves, sample.serial_number)
             self._send(self._topics.discovery(meter), message)
         shown.told_leaves, shown.told_serial_number = shown.leaves, sample.serial_number
-        now = values(sample)
+        now = {**values(sample), **shown.hints}
         changed = {leaf: value for leaf, value in now.items() if shown.told.get(leaf) != value}
         if changed:
             shown.next_s = self._monotonic_s() + self._period_s

@@ -12,6 +12,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Final
 
+from meter_agent.hints import LEVEL_NAMES
 from meter_agent.readings import Sample
 from meter_agent.shown import kwh
 
@@ -20,10 +21,12 @@ OFFLINE: Final = b"offline"
 
 _ENERGY: Final = {"device_class": "energy", "state_class": "total_increasing", "unit_of_measurement": "kWh"}
 _POWER: Final = {"device_class": "power", "state_class": "measurement", "unit_of_measurement": "W"}
-_SENSORS: Final[dict[str, dict[str, str]]] = {
+_SENSORS: Final[dict[str, dict[str, Any]]] = {
     "import_kwh": {"name": "Energy import", **_ENERGY},
     "export_kwh": {"name": "Energy export", **_ENERGY},
     "power_w": {"name": "Power", **_POWER},
+    "supply": {"name": "Supply", "device_class": "enum", "options": LEVEL_NAMES},
+    "next_plentiful": {"name": "Next plentiful supply", "device_class": "timestamp"},
 }
 
 

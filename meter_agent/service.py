@@ -25,11 +25,12 @@ from broker.protocol.envelope import KeyLookup, Signer, open_envelope, seal, sea
 from broker.protocol.errors import MalformedMessage, ProtocolError
 from broker.protocol.keys import PrivateKey, PublicKey, load_private_key
 from broker.protocol.limits import MAX_REASON_CHARACTERS
-from broker.protocol.messages import Carrier, Demand, MeterStatus, Reading, Report, Stage, Tick
+from broker.protocol.messages import Carrier, Demand, Hint, MeterStatus, Reading, Report, Stage, Tick
 from broker.protocol.mqtt_link import Incoming, MqttLink
 from broker.protocol.topics import Topics
 from meter_agent.clock import AgentClock, ConductorClock
 from meter_agent.config import AgentConfig, AgentSettings, MeterConfig
+from meter_agent.hints import hints_json, home_values, read_hint, with_hint
 from meter_agent.intervals import MeterRules, MeterState, SealedInterval, advance, next_boundary_s, retimed
 from meter_agent.journal import Journal, OutboxRow
 from meter_agent.outbox import CONDUCTOR_PACE, MAX_UNDER_WAY, SYSTEM_PACE, Outbox, OutboxState, Pace, WaitingMessage
@@ -83,6 +84,8 @@ class _Meter:
     newest: Sample | None = None
     """The last one that was read, whether it was believed or not."""
     held: list[Sample] = field(default_factory=list)
+    hints: tuple[Hint, ...] = ()
+    """What the broker says of today and tomorrow."""
     next_due_s: int | None = None
     """In simulated time: the next boundary at which the meter is sampled."""
     reported_fault: str | None = None
@@ -224,9 +227,8 @@ class Agent:
         }
         if pace is None:
             pace = SYSTEM_PACE if self._conductor_clock is None else CONDUCTOR_PACE
-        self._outbox = Outbox(
-            pace, random.Random(self._name), config.agent.ledger, _only(broker.name, broker.public_key())
-        )
+        self._broker_key = _only(broker.name, broker.public_key())
+        self._outbox = Outbox(pace, random.Random(self._name), config.agent.ledger, self._broker_key)
         self._more_in_journal = True
         self._ticks = _TickState()
         self._connections_seen = 0
@@ -290,6 +292,7 @@ class Agent:
                     "fault": self._fault_of(meter),
                     "waiting": meter.waiting,
                     "unassigned_wh": meter.state.unassigned_wh,
+                    "hint": hints_json(meter.hints, self._clock.time_s()),
                 }
                 for meter in self._meters.values()
             },
@@ -373,6 +376,12 @@ class Agent:
             for name in self._meters
             for leaf in ("receipt", "delivery")
         ]
+        if self._settings.hints:
+            topics += [
+                (self._topics.meter(self._broker, name, "hint"), 1)
+                for name, meter in self._meters.items()
+                if meter.config.direction == "consumption"
+            ]
         return topics + ([(self._topics.time, 1)] if self._conductor_clock is not None else [])
 
     def _take(self, incoming: Incoming) -> None:
@@ -385,6 +394,10 @@ class Agent:
             elif levels[-1] == "delivery":
                 delivery = self._outbox.read_delivery(incoming.payload)
                 self._journal.note_delivery(delivery.meter, delivery.start_s, delivery.revision, incoming.payload)
+            elif levels[-1] == "hint":
+                meter = self._meters[levels[-2]]
+                hint = read_hint(incoming.payload, meter.name, self._settings.ledger, self._broker_key)
+                meter.hints = with_hint(meter.hints, hint)
         except ProtocolError as error:
             # Not from our broker or conductor: nothing is changed by it, and the operator is told.
             self._note(levels[-2] if len(levels) > 2 else self._name, "bad-message", f"on {incoming.topic}: {error}")
@@ -462,7 +475,7 @@ class Agent:
         meter.state = step.state
         # What the agent itself does not believe yet, the home is not told either.
         if self._home is not None and step.state.fault is None:
-            self._home.show(meter.name, sample)
+            self._home.show(meter.name, sample, home_values(meter.hints, self._clock.time_s()))
 
     def _sign(self, meter: _Meter, interval: SealedInterval) -> OutboxRow:
         message_class = Demand if meter.config.direction == "consumption" else Reading

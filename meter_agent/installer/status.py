@@ -68,6 +68,7 @@ def _meter(
         # What the agent has noted and not yet written is not in the journal.
         "waiting": live["waiting"] if live is not None else waiting,
         "oldest_waiting_s": oldest_s,
+        "hint": live["hint"] if live is not None else None,
         "intervals": [
             {
                 "start_s": record.start_s,
@@ -133,6 +134,10 @@ def _meter_lines(meter: dict[str, Any], now_s: int) -> list[str]:
         lines.append(f"{name} fault {meter['fault']}")
     oldest = f", the oldest from {utc(meter['oldest_waiting_s'])}" if meter["oldest_waiting_s"] is not None else ""
     lines.append(f"{name} outbox {meter['waiting']} waiting for a receipt{oldest}")
+    hint = meter["hint"]
+    if hint is not None:
+        plentiful = f"plentiful from {utc(hint['next_plentiful_s'])}" if hint["next_plentiful_s"] is not None else ""
+        lines.append(f"{name} supply {hint['level'] or 'unknown'} now; {plentiful or 'not plentiful'}")
     for interval in meter["intervals"]:
         energy = f"{interval['energy_wh']} Wh {interval['quality']}"
         lines.append(f"{name} interval {utc(interval['start_s'])} {energy} {interval['state']}")

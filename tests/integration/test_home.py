@@ -178,10 +178,10 @@ def test_values_go_out_at_most_once_a_period_and_without_discovery_if_so_wanted(
     link = HomeLink(mosquitto.mqtt_config(), topics, announce=False, period_s=30, monotonic_s=lambda: now_s[0])
     link.start()
     sample = Meter().sample()
-    link.show("house", sample)
+    link.show("house", sample, {})
     wait_until(lambda: last(listener, "home/gateway/house/power_w") == "-250", "the first value")
     for power_w in range(5):
-        link.show("house", replace(sample, power_w=power_w))
+        link.show("house", replace(sample, power_w=power_w), {})
     link.failed("house")
     # Presence is not held back, so the values that came before it have been looked at.
     wait_until(lambda: last(listener, "home/gateway/house/availability") == "offline", "the absence")
