@@ -5,6 +5,7 @@ Most forgeries here are signed anew by the broker itself, so that what refuses t
 
 from dataclasses import replace
 
+import cbor2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from support.certificate_world import (
     one_interval,
 )
 from support.ledger_world import INTERVAL_S, T0, admit, correct, genesis, issue, key, reading, register, rotate, seal
+from support.schema import require
 
 from broker.certificates.contents import totals_of
 from broker.certificates.document import Certificate, Factor, GivenSlice, Withdrawn, read_certificate
@@ -487,3 +489,15 @@ def test_the_proof_is_over_this_consumers_operations_only() -> None:
     assert len(TRUE.operations) + len(TRUE.issues) + len(TRUE.intervals[0].deliveries) == 7
     assert leaf_hash(WORLD.deliveries[0].operation) not in TRUE.hashes
     assert key("node").public.cose_key not in TRUE.hashes
+
+
+# --- For programs by others
+
+
+def test_a_certificate_follows_its_cddl() -> None:
+    parts = cbor2.loads(RAW).value
+    require("certificate-file", RAW, "file")
+    require("certificate-header", parts[0], "header")
+    require("origin-certificate", parts[2], "certificate")
+    world = corrected()
+    require("origin-certificate", cbor2.loads(world.seal(world.certificate())).value[2], "corrected")
