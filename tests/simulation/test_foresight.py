@@ -1,6 +1,7 @@
 """Foresight through whole brokers: a forecast for the neighbour, hints for who asked, the same after a restart."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from support.schema import schema_check
@@ -73,9 +74,9 @@ class Watched:
         self.world.run(self.world.market_time_s)
 
 
-@pytest.fixture(scope="module")
-def watched(tmp_path_factory: pytest.TempPathFactory) -> Watched:
-    world = World(PLAN, tmp_path_factory.mktemp("foresight"))
+def watch(folder: Path, *, kills: int = 0, disconnects: int = 0) -> Watched:
+    """PLAN, run to its end; anna and ben have asked for hints."""
+    world = World(PLAN, folder, kills=kills, disconnects=disconnects)
     for broker, meter in (("east", "anna"), ("west", "ben")):
         wish(world, broker, meter)
     topics = [world.topics.forecast(broker) for broker in PLAN.brokers]
@@ -83,6 +84,11 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Watched:
     watched = Watched(world, {topic: world.listen(topic) for topic in topics})
     world.run()
     return watched
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    return watch(tmp_path_factory.mktemp("foresight"))
 
 
 def test_each_broker_forecasts_the_next_day_once_and_the_neighbour_keeps_it(watched: Watched) -> None:
@@ -120,6 +126,13 @@ def test_who_asked_gets_a_hint_and_nobody_else(watched: Watched) -> None:
     for name, payloads in watched.heard.items():
         for payload in payloads:
             assert schema_check(name, payload) in ("forecast", "hint")
+
+
+def test_brokers_that_are_killed_and_cut_off_foresee_the_same(watched: Watched, folder: Path) -> None:
+    disturbed = watch(folder, kills=60, disconnects=60)
+    assert {topic: set(payloads) for topic, payloads in disturbed.heard.items()} == {
+        topic: set(payloads) for topic, payloads in watched.heard.items()
+    }
 
 
 def test_a_restart_says_the_same_bytes_again_and_forecasts_nothing_anew(watched: Watched) -> None:
