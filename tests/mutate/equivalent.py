@@ -10,7 +10,7 @@ EQUIVALENT: Final[dict[str, str]] = {
     RULES + "closing.py close edge: edge 1 of operation.end_s <= clock_s": (
         "the interval that ends at the clock is the one that set it, so it has a row and this is not its first close"
     ),
-    RULES + "delivery.py deliver condition: asset.start_s != start_s of asset.start_s != start_s and (not _same_": (
+    RULES + "delivery.py deliver condition: asset.start_s != start_s of asset.start_s != start_s and (not same_w": (
         "the same interval is in every window; this only spares nearly all deliveries the call"
     ),
     RULES + "generation.py _checked condition: device is None of device is None or opened.sender != readi": (
@@ -36,7 +36,7 @@ EQUIVALENT: Final[dict[str, str]] = {
     RULES + "transfer.py _require_mandate condition: device is None of device is None or device.owner != operat": (
         "the asset was found before, and there is no asset without its device"
     ),
-    RULES + "validators.py set_validator condition: change.power of change.power and len(others) >= MAX_VALI": (
+    RULES + "validators.py changed_set condition: change.power of change.power and len(others) >= MAX_VALI": (
         "whoever takes a validator off a set of the largest size leaves fewer than that many others"
     ),
 }
