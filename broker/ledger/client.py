@@ -29,6 +29,7 @@ from broker.ledger.limits import (
     RESEND_AFTER_S,
     RESEND_TO_NEW_NODE_S,
 )
+from broker.ledger.made import Made, decode_made
 from broker.ledger.operations import Operation, OperationCode, SetValidator, decode_operation, operation_code
 from broker.ledger.proofs import ConsistencyProof, OperationsProof, read_proof
 from broker.ledger.receipts import verify_checkpoint
@@ -139,6 +140,13 @@ class NotProven:
 
 
 @dataclass(frozen=True, slots=True)
+class MadeKnown:
+    """The answer to `ask_made`: true at the height of the last block before this event."""
+
+    made: Made
+
+
+@dataclass(frozen=True, slots=True)
 class BlockApplied:
     """All events of block `height` have been given."""
 
@@ -166,6 +174,7 @@ Event = (
     | OperationProven
     | ConsistencyProven
     | NotProven
+    | MadeKnown
     | BlockApplied
     | LedgerFault
 )
@@ -208,6 +217,8 @@ class _Wanted:
     older: bytes | None = None
     """Of a proof of consistency: the older sealed checkpoint."""
     sent_s: float | None = None
+    made: Made | None = None
+    """Of a question what became of an interval: the answer, until its height is reached."""
     until_s: float | None = None
     """When it is given up, None before it was sent first."""
 
@@ -325,6 +336,17 @@ class LedgerClient:
         checkpoint, _ = verify_checkpoint(older, self._trust)
         return self._want_proof(QueryKind.CONSISTENCY, checkpoint.tree_size, older)
 
+    def ask_made(self, device: str, start_s: int) -> None:
+        """Ask what became of one device's interval, until it is answered: the event is a MadeKnown.
+
+        Ask again once it has come; until then a second question about the same is the first.
+        """
+        place = (device.encode(), start_s)
+        asked = [(wanted.query.cursor, wanted.query.place) for wanted in self._wanted.values()]
+        if self._phase is not _Phase.STOPPED and place not in asked:
+            query = Query(self._random_bytes(REQUEST_ID_BYTES), QueryKind.MADE, *(place[0], None, start_s))
+            self._wanted[query.request_id] = _Wanted(query)
+
     def events(self) -> list[Event]:
         """What has happened since the last call, in the order of the ledger."""
         events, self._events = self._events, []
@@ -353,7 +375,7 @@ class LedgerClient:
         for request_id, wanted in list(self._wanted.items()):
             if wanted.until_s is None:
                 wanted.until_s = now_s + PROOF_TIMEOUT_S
-            elif now_s >= wanted.until_s and wanted.query.kind is not QueryKind.VALIDATORS:
+            elif now_s >= wanted.until_s and wanted.query.kind not in (QueryKind.VALIDATORS, QueryKind.MADE):
                 del self._wanted[request_id]
                 self._events.append(NotProven(request_id, answered=False))
                 continue
@@ -496,6 +518,9 @@ class LedgerClient:
         if page.kind is QueryKind.VALIDATORS:
             self._take_changes(page)
             return
+        if page.kind is QueryKind.MADE:
+            self._take_made(wanted, page)
+            return
         if not page.entries:
             del self._wanted[request_id]
             self._events.append(NotProven(request_id, answered=True))
@@ -519,6 +544,26 @@ class LedgerClient:
         self._events.append(event)
         # What is proven is worth nothing if it is another history than the one followed here.
         self._compare(checkpoint, envelope.open_envelope(sealed, self._ledger, self._validators.get))
+
+    def _take_made(self, wanted: _Wanted, page: Page) -> None:
+        """An answer counts at its height: it is kept until that is reached, and asked for anew if that is past."""
+        made = decode_made(page.entries[0]) if page.entries else None
+        if made is None or (made.device.encode(), made.start_s) != (wanted.query.cursor, wanted.query.place):
+            raise MalformedMessage("ledger result", "what became of the device's interval that was asked for")
+        wanted.made = made
+        self._give_made()
+
+    def _give_made(self) -> None:
+        if not self.loaded:
+            return
+        for request_id, wanted in list(self._wanted.items()):
+            if wanted.made is None or wanted.made.height > self._height:
+                continue
+            if wanted.made.height == self._height:
+                del self._wanted[request_id]
+                self._events.append(MadeKnown(wanted.made))
+            else:
+                wanted.made = wanted.sent_s = None
 
     def _take_changes(self, page: Page) -> None:
         """Changes of validators, whoever hands them over. Raises ProtocolError if they do not hold."""
@@ -774,6 +819,7 @@ class LedgerClient:
         self._events.append(BlockApplied(block.height))
         self._witness()
         self._hand_over_holdings()
+        self._give_made()
 
     def _decoded(self, raw: bytes, height: int) -> Event:
         """The event of a batch that this client did not submit. The validator has checked its signature."""
@@ -801,7 +847,7 @@ class LedgerClient:
             self._witnessed = self._offered[max(self._offered)]
         self._asked = None
         for request_id, wanted in self._wanted.items():
-            if wanted.query.kind is not QueryKind.VALIDATORS:
+            if wanted.query.kind not in (QueryKind.VALIDATORS, QueryKind.MADE):
                 self._events.append(NotProven(request_id, answered=False))
         self._wanted = {}
         self._events.append(LedgerFault(height, reason, evidence))

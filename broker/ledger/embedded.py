@@ -22,6 +22,7 @@ from broker.ledger.limits import (
     MAX_QUEUED_BATCHES,
     MAX_QUEUED_BYTES,
 )
+from broker.ledger.made import made_of
 from broker.ledger.opening import Charter, OpenedBatch, RefusedBatch, charter_of, open_batch, party_signer
 from broker.ledger.proving import prove
 from broker.ledger.receipts import SignedHead, sign_head
@@ -177,6 +178,11 @@ class EmbeddedLedger:
     def prove(self, kind: QueryKind, place: int) -> tuple[bytes, ...]:
         """The entries of a page that proves this. Raises ProofFailed where it cannot be."""
         return prove(self._store, self.ledger, kind, place)
+
+    def made(self, party: str, device: str, start_s: int) -> tuple[bytes, ...]:
+        """What became of one device's interval, as that party is told; nothing if there is no such device."""
+        made = made_of(self._store, self.height, party, device, start_s)
+        return () if made is None else (made.to_bytes(),)
 
     def blocks(self, from_height: int) -> Iterator[bytes]:
         """Sealed blocks from that height on, in order."""

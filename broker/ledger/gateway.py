@@ -13,7 +13,7 @@ from broker.ledger.engine import ClientResult, LedgerEngine, NotYet, View
 from broker.ledger.limits import MAX_VIEW_AGE, MAX_VIEWS, MAX_WAITING_QUERIES
 from broker.ledger.receipts import ProofFailed
 from broker.protocol import cbor, envelope
-from broker.protocol.codec import Bytes, Row, Unsigned
+from broker.protocol.codec import Bytes, Name, Row, Unsigned
 from broker.protocol.errors import MalformedMessage, ProtocolError
 from broker.protocol.keys import PrivateKey
 from broker.protocol.limits import MAX_BLOCK_BYTES
@@ -130,6 +130,10 @@ class Gateway:
             return Page(query.request_id, query.kind, height, entries)
         if query.kind is QueryKind.HOLDINGS:
             return self._holdings(client, query)
+        if query.kind is QueryKind.MADE:
+            device = Name().decode((query.cursor or b"").decode("ascii", "replace"), "cursor")
+            entries = self._engine.made(client, device, query.place or 0)
+            return Page(query.request_id, query.kind, self._engine.height, entries)
         return Page(query.request_id, query.kind, self._engine.height, self._proven(query))
 
     def _proven(self, query: Query) -> tuple[bytes, ...]:

@@ -260,6 +260,12 @@ class Stock:
         """Forget everything, before the ledger's holdings are put in anew."""
         self._shelves.clear()
 
+    def drop_made(self, device: str, start_s: int) -> None:
+        """Forget all that a device made in one interval, before it is put in anew."""
+        for shelf in self._shelves.get(start_s, {}).values():
+            for asset in [asset for asset in shelf.by_asset if asset[0] == device]:
+                shelf.energy_wh -= sum([piece.energy_wh for piece in shelf.by_asset.pop(asset)])
+
     def drop_before(self, start_s: int) -> None:
         """Forget all intervals that start before `start_s`: what is left of them expires on the ledger by rule."""
         for old_s in [old_s for old_s in self._shelves if old_s < start_s]:

@@ -147,6 +147,7 @@ class QueryKind(IntEnum):
 
     OPERATION: the proof of one operation. CONSISTENCY: the proof that the ledger goes on from an earlier tree size.
     VALIDATORS: the changes of validators after the one with that sequence, as the registrars signed them.
+    MADE: what became of one device's energy of an interval; `cursor` is the device's name, `place` the start.
     """
 
     HOLDINGS = 1
@@ -154,6 +155,7 @@ class QueryKind(IntEnum):
     OPERATION = 3
     CONSISTENCY = 4
     VALIDATORS = 5
+    MADE = 6
 
 
 class Message:

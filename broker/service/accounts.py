@@ -211,6 +211,7 @@ def ledger_faults(
             }
             recorded.update(_recorded_deliveries(store, span, meters, party))
     on_ledger: Counter[_Moved | _Given] = Counter()
+    recorded = _in_pieces(recorded)
     for at_height, operation in inspect.operations(path):
         if at_height > height:
             break
@@ -228,6 +229,7 @@ def ledger_faults(
                 asset = item.asset
                 named = asset.device, asset.start_s, asset.revision, item.from_wh, item.to_wh
                 on_ledger[_Given(operation.pseudonym, operation.start_s, *named)] += 1
+    on_ledger = _in_pieces(on_ledger)
     faults = []
     reached = inspect.height(path)
     if reached < height:
@@ -253,6 +255,35 @@ def _recorded_deliveries(
         if party in (None, row.meter):
             named = row.device, row.asset_start_s, row.asset_revision, row.from_wh, row.to_wh
             yield _Given(pseudonyms[row.start_s, row.meter], row.start_s, *named)
+    # What a correction took back was delivered all the same.
+    for start_s, meter, device, asset_start_s, revision, from_wh, to_wh in store.taken_back(span.start_s, span.end_s):
+        if party in (None, meter):
+            name = pseudonyms[start_s, meter]
+            yield _Given(name, start_s, device, asset_start_s, revision, from_wh, to_wh)
+
+
+def _in_pieces(entries: Counter[_Moved | _Given]) -> Counter[_Moved | _Given]:
+    """The same with deliveries of one asset to one demand joined where they touch, and cut where they overlap.
+
+    A correction may have cut the database's slices where the ledger's operation has them whole.
+    """
+    pieces: Counter[_Moved | _Given] = Counter()
+    borders: dict[_Given, Counter[int]] = {}
+    for entry, count in entries.items():
+        if isinstance(entry, _Moved):
+            pieces[entry] += count
+            continue
+        steps = borders.setdefault(entry._replace(from_wh=0, to_wh=0), Counter())
+        steps[entry.from_wh] += count
+        steps[entry.to_wh] -= count
+    for name, steps in borders.items():
+        covered, since_wh = 0, 0
+        for border_wh, step in sorted(steps.items()):
+            if step and covered:
+                pieces[name._replace(from_wh=since_wh, to_wh=border_wh)] += covered
+            if step:
+                covered, since_wh = covered + step, border_wh
+    return pieces
 
 
 def _moved(transfer: Transfer, broker: str) -> _Moved | None:

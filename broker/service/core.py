@@ -17,6 +17,7 @@ from broker.ledger.client import (
     ForeignBatch,
     HoldingsLoaded,
     LedgerFault,
+    MadeKnown,
 )
 from broker.ledger.faults import Fault
 from broker.ledger.holding import Holding
@@ -58,6 +59,7 @@ from broker.protocol.messages import (
 from broker.protocol.sources import Source
 from broker.protocol.topics import Topics
 from broker.service.batches import BatchDesk, in_batches
+from broker.service.corrections import DemandCorrections
 from broker.service.cycle import Cycle
 from broker.service.foresight import Foresight
 from broker.service.intake import Accepted, Intake
@@ -73,6 +75,7 @@ from broker.service.store import (
     StoreError,
     WorkState,
 )
+from broker.service.withdrawals import Withdrawals
 
 _STATEMENT_OPERATIONS: Final[Mapping[MessageType, Callable[[bytes], Operation]]] = {
     MessageType.REGISTRATION: Register,
@@ -101,6 +104,8 @@ class Broker:
         tariff: Tariff,
     ) -> None:
         self.outputs = Outputs()
+        self.questions: list[tuple[str, int]] = []
+        """(device, start_s) of intervals about which the shell has to ask the ledger."""
         self._identity = identity
         self._calendar = MarketCalendar(genesis.interval_s, genesis.gate_1_s, genesis.gate_2_s)
         self._topics = topics
@@ -137,6 +142,12 @@ class Broker:
         self._foresight = Foresight(
             identity, self._calendar, topics, store, self._registry, self.outputs, has_neighbours=bool(neighbours)
         )
+        self._corrections = DemandCorrections(store, self._desk, self._cycle, self._put_back)
+        self._deadline_s = genesis.correction_deadline_s
+        self._withdrawals = Withdrawals(
+            *(identity, store, self._registry, self._stock, self._desk, self._cycle, self._put_back),
+            lambda device, start_s: self.questions.append((device, start_s)),
+        )
         self._readings: list[Accepted] = []
         self._holdings_height: int | None = None
         self._stopped = False
@@ -155,6 +166,8 @@ class Broker:
             and not self._desk.waiting
             and not self._readings
             and not self._statements_waiting
+            and not self._corrections.pending
+            and not self._withdrawals.pending
             and not self._neighbours.waits_for_answers
             and not self._neighbours.owes_answers
             and not self._foresight.unfinished
@@ -243,20 +256,28 @@ class Broker:
     def _take_meter_message(self, meter: str, leaf: str, payload: bytes) -> None:
         if self.market_time_s is None:
             return  # Market time is not known yet; the agent sends again what has no receipt.
-        accepted = self._intake.take(meter, leaf, payload, self.market_time_s, self._cycle.first_start_s)
+        current = self._cycle.current
+        # By the clock that the ledger has of this broker: the end of what it has closed.
+        settled_to_s = current.start_s - self._deadline_s if current is not None else 0
+        first_s = self._cycle.first_start_s
+        accepted = self._intake.take(meter, leaf, payload, self.market_time_s, first_s, settled_to_s)
         if accepted is None:
             return
         value = accepted.value
         if isinstance(value, Reading):
-            if not accepted.again and value.energy_wh:
+            if not accepted.again and value.revision:
+                self._withdrawals.note(meter, value.start_s)
+            elif not accepted.again and (value.energy_wh or self._withdrawals.carried_wh(meter) > 0):
                 self._readings.append(accepted)
         elif accepted.again:
-            row = self._store.message(value.start_s, meter, MessageType.DEMAND, value.revision)
+            row = self._store.current_demand(value.start_s, meter)
             if row is not None:
                 self._cycle.answer_again(row)
-        elif self._cycle.join_late(value.start_s, meter, value.revision):
+        elif value.revision:
+            self._corrections.note(value.start_s, meter)
+        elif self._cycle.join_late(value.start_s, meter):
             self._refill = True
-        if not accepted.again:
+        if not accepted.again and not value.revision:
             self._cycle.note_accepted(value.start_s)
             self._foresight.count(value)
 
@@ -301,6 +322,9 @@ class Broker:
                 self._refused(event)
             case ForeignBatch():
                 self._take_foreign(event)
+            case MadeKnown():
+                self._withdrawals.known(event.made, self._provide_by(0))
+                self._refill = True
             case BlockApplied():
                 pass
             case LedgerFault():
@@ -380,6 +404,16 @@ class Broker:
                 self._neighbours.supply_finished(batch, _transfers(_operations_of(batch.raw)), None)
             case BatchKind.DELIVER:
                 self._cycle.committed(batch)
+            case BatchKind.TAKE_OVER:
+                operations = _operations_of(batch.raw)
+                self._provided(_transfers(operations), in_stock=self._in_holdings(event.height))
+                self._refill = True
+            case BatchKind.CORRECT:
+                self._withdrawals.seen(_operations_of(batch.raw))
+            case BatchKind.CORRECT_DEMAND:
+                in_stock = self._in_holdings(event.height)
+                self._corrections.committed(batch, _operations_of(batch.raw), in_stock=in_stock)
+                self._refill = True
             case BatchKind.CLOSE:
                 self._neighbours.ended(batch.start_s)
                 self._cycle.committed(batch)
@@ -425,12 +459,18 @@ class Broker:
             case BatchKind.STATEMENTS:
                 self._statements_refused(operations, event.operation, reason)
             case BatchKind.PROVIDE:
-                self._provide_refused(batch, operations, event.operation, reason)
+                self._provide_refused(batch, operations, event.operation, event.code, reason)
             case BatchKind.SUPPLY:
                 self._give_back(operations)
                 self._neighbours.supply_finished(batch, _transfers(operations), reason)
             case BatchKind.DELIVER:
                 self._deliveries_refused(batch, operations, event)
+            case BatchKind.TAKE_OVER:
+                self._withdrawals.taken_over_refused(operations)
+            case BatchKind.CORRECT:
+                self._withdrawals.refused(batch, operations, event, self._provide_by(0))
+            case BatchKind.CORRECT_DEMAND:
+                self._corrections.refused(batch, operations, event)
             case BatchKind.CLOSE:
                 self._cycle.close_refused(batch)
 
@@ -452,10 +492,15 @@ class Broker:
     def _give_back(self, operations: list[Operation]) -> None:
         """What a refused batch would have given away is still ours."""
         for asset, from_wh, to_wh in _given_away(operations, self._identity.name):
-            source = self._source_of(asset, from_wh)
-            if source is not None and self._holdings_height is not None:
-                for piece in self._as_slices(asset, source, from_wh, to_wh):
-                    self._stock.add(piece)
+            if self._holdings_height is not None:
+                self._put_back(asset, from_wh, to_wh)
+
+    def _put_back(self, asset: AssetId, from_wh: int, to_wh: int) -> None:
+        """These Wh are in stock again."""
+        source = self._source_of(asset, from_wh)
+        if source is not None:
+            for piece in self._as_slices(asset, source, from_wh, to_wh):
+                self._stock.add(piece)
 
     def _source_of(self, asset: AssetId, at_wh: int) -> Source | None:
         device = self._registry.device(asset.device)
@@ -469,6 +514,7 @@ class Broker:
         and transfers to us, the neighbour's second change request.
         """
         self._note_owners(event.operations)
+        self._withdrawals.seen(event.operations)
         for operation in event.operations:
             if isinstance(operation, Transfer) and operation.receiver == self._identity.name and operation.order:
                 order = Order.from_payload(parse(operation.order).payload)
@@ -491,6 +537,13 @@ class Broker:
         self._foresight.keep_counted()
         if not self._may_decide:
             return
+        self._withdrawals.advance(self._provide_by(0))
+        if (
+            self._corrections.pending
+            and not self._withdrawals.pending
+            and self._corrections.advance(self._provide_by(0))
+        ):
+            self._refill = True
         while self._step(now_s):
             pass
         assert self._cycle.current is not None  # Market time is known, and with it the interval in work.
@@ -513,6 +566,8 @@ class Broker:
         assert self.market_time_s is not None
         if self._readings or self._desk.waits_for(BatchKind.PROVIDE):
             return False  # Energy that was accepted must be in stock before anything is decided.
+        if self._corrections.pending or self._withdrawals.pending:
+            return False  # What is decided must be about the amounts that the ledger will know.
         if self._cycle.state is IntervalState.OPEN:
             if not self._due():
                 return self._serve(interval.start_s - self._calendar.interval_s, now_s)
@@ -577,6 +632,9 @@ class Broker:
             device = self._registry.device(accepted.meter)
             if device is None:
                 continue
+            if isinstance(value, Reading) and not self._withdrawals.is_plain(value):
+                self._withdrawals.issue([accepted.raw], value.start_s, self._provide_by(value.end_s))
+                continue
             asset = AssetId(device.device, Carrier(value.carrier), value.start_s, value.revision)
             issue = encode_operation(Issue(accepted.raw))
             transfer = encode_operation(
@@ -594,7 +652,9 @@ class Broker:
         current_end_s = interval.end_s if interval is not None else end_s
         return max(end_s, current_end_s) + 2 * self._calendar.interval_s
 
-    def _provide_refused(self, batch: BatchRow, operations: list[Operation], at_fault: int | None, reason: str) -> None:
+    def _provide_refused(
+        self, batch: BatchRow, operations: list[Operation], at_fault: int | None, code: str, reason: str
+    ) -> None:
         """Take the pair at fault out and submit the rest; alone, a pair is given up with its reason on record."""
         pairs = [operations[first : first + 2] for first in range(0, len(operations), 2)]
         bad = at_fault // 2 if at_fault is not None else None
@@ -603,6 +663,10 @@ class Broker:
                 issue = pair[0]
                 assert isinstance(issue, Issue)
                 reading = Reading.from_payload(parse(issue.statement).payload)
+                if code in (Fault.NOT_HELD, Fault.UNKNOWN_ASSET):
+                    # Something was carried, or it came after the deadline: what is issued is not what was metered.
+                    self._withdrawals.issue([issue.statement], batch.start_s, self._provide_by(batch.start_s))
+                    continue
                 self._store.refuse_message(
                     reading.start_s, reading.meter, MessageType.READING, reading.revision, reason
                 )

@@ -13,7 +13,7 @@ claim the same share again and again.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Final
+from typing import Final, NamedTuple
 
 from broker.ledger.limits import MAX_SLICES_OF_DELIVERY
 from broker.ledger.merkle import leaf_hash, root_of
@@ -47,6 +47,7 @@ from broker.service.store import (
     DeliveryRow,
     IntervalState,
     MessageRow,
+    Standing,
     encode_quotas,
 )
 
@@ -102,6 +103,17 @@ class ShortDemand:
             self.row.start_s,
             self.span,
         )
+
+
+class Cut(NamedTuple):
+    """The Wh of a delivery from `from_wh` on, which the demand has no longer."""
+
+    delivery: DeliveryRow
+    from_wh: int
+
+    @property
+    def energy_wh(self) -> int:
+        return self.delivery.to_wh - self.from_wh
 
 
 DemandKey = tuple[int, str, int]
@@ -210,7 +222,8 @@ class Cycle:
         for delivery in self._store.deliveries(row.start_s, row.meter):
             key = (delivery.line, delivery.source)
             totals[key] = totals.get(key, 0) + delivery.to_wh - delivery.from_wh
-            demand.slices += 1
+            # Not their number: some may have been given back.
+            demand.slices = delivery.sequence + 1
         demand.taken = [Taken(line, Source(source), energy_wh) for (line, source), energy_wh in totals.items()]
         demand.delivered_wh = row.delivered_wh
         return demand
@@ -226,8 +239,8 @@ class Cycle:
         if self.current is not None and start_s == self.current.start_s:
             self._reported += 1
 
-    def join_late(self, start_s: int, meter: str, revision: int) -> bool:
-        """A demand was accepted. True if its interval is cleared already, so that it has to be filled separately.
+    def join_late(self, start_s: int, meter: str) -> bool:
+        """A demand has come to count. True if its interval is cleared already, so that it is filled separately.
 
         One of a closed interval is settled with the next close.
         """
@@ -236,12 +249,76 @@ class Cycle:
             return False
         if self.current is None or start_s != self.current.start_s or self.state is not IntervalState.CLEARED:
             return False
-        row = self._store.message(start_s, meter, MessageType.DEMAND, revision)
-        if row is None or not row.energy_wh:
+        row = self._store.current_demand(start_s, meter)
+        if row is None or row.delivered_wh >= row.energy_wh:
             return False
-        demand = self._short_demand(row)
+        demand = self._resumed(row)
         self._short[demand.key] = demand
         return True
+
+    def is_decided(self, start_s: int) -> bool:
+        """True if the demands of that interval have been cleared, so that the ledger may know them."""
+        if self.current is None or start_s > self.current.start_s:
+            return False
+        return start_s < self.current.start_s or self.state is not IntervalState.OPEN
+
+    def put_in_place(self, old: MessageRow, new: MessageRow, cuts: Sequence["Cut"], batch: int) -> None:
+        """Another revision of a demand counts from now on, without the slices that it has given back.
+
+        `new` says what the ledger has of it. What it still lacks is decided again; a closed interval is closed anew.
+        """
+        self._end_open((old.start_s, old.meter, old.revision))
+        self._short.pop((old.start_s, old.meter, old.revision), None)
+        self._store.set_open_until([(None, old.start_s, old.meter, old.revision)])
+        energy_wh = self._take_back(old, cuts, batch)
+        self._store.set_standing(old.start_s, old.meter, old.revision, Standing.SUPERSEDED, old.ledger_revision)
+        self._store.set_standing(new.start_s, new.meter, new.revision, Standing.CURRENT, new.ledger_revision)
+        self._store.set_delivered(
+            [
+                (0, None, old.start_s, old.meter, old.revision),
+                (old.delivered_wh - energy_wh, None, new.start_s, new.meter, new.revision),
+            ]
+        )
+
+    def withdraw(self, start_s: int, meter: str, cuts: Sequence["Cut"]) -> None:
+        """The ledger has taken these Wh back from a demand: it is decided again, and a closed interval closed anew."""
+        row = self._store.current_demand(start_s, meter)
+        assert row is not None  # It was delivered to.
+        key = (row.start_s, row.meter, row.revision)
+        self._end_open(key)
+        self._short.pop(key, None)
+        self._store.set_open_until([(None, *key)])
+        energy_wh = self._take_back(row, cuts, 0)
+        self._store.set_delivered([(row.delivered_wh - energy_wh, None, *key)])
+        self.join_late(start_s, meter)
+        after = self._store.current_demand(start_s, meter)
+        assert after is not None
+        self.tell(after)
+
+    def _take_back(self, row: MessageRow, cuts: Sequence["Cut"], batch: int) -> int:
+        """Take these Wh off a demand's deliveries and account. Returns how many."""
+        if not cuts:
+            return 0
+        demand = self._short_demand(row)
+        account = self._registry.account(demand.consumer, demand.version, row.start_s)
+        by_line = list(account.history.by_line)
+        energy_wh = 0
+        for cut in cuts:
+            self._store.take_back(cut.delivery, cut.from_wh, batch)
+            energy_wh += cut.energy_wh
+            if cut.delivery.line < len(by_line):
+                by_line[cut.delivery.line] -= cut.energy_wh
+        history = History(tuple(by_line), account.history.total - energy_wh)
+        self._registry.keep_accounts([(row.meter, Account(account.period_start_s, account.version, history))])
+        return energy_wh
+
+    def undelivered(self, row: MessageRow) -> bytes:
+        """The operation that puts a demand on record without any slice."""
+        return self._deliver_operation(self._short_demand(row), row.start_s, [])
+
+    def tell(self, row: MessageRow) -> None:
+        """Send the meter what its demand has now."""
+        self._send_delivery(*self._sealed(self.delivery_for(row)))
 
     def is_closed(self, start_s: int) -> bool:
         return self.current is not None and start_s < self.current.start_s
@@ -535,7 +612,7 @@ class Cycle:
     def _told_before(self, batch: BatchRow) -> list[tuple[str, bytes]]:
         """The deliveries of a batch that was made before a restart."""
         meters = {row.meter for row in self._store.deliveries_of_batch(batch.start_s, batch.number)}
-        rows = [self._store.message(batch.start_s, meter, MessageType.DEMAND, 0) for meter in sorted(meters)]
+        rows = [self._store.current_demand(batch.start_s, meter) for meter in sorted(meters)]
         return [self._sealed(self.delivery_for(row)) for row in rows if row is not None]
 
     def refused(
@@ -592,7 +669,9 @@ class Cycle:
             Taken(item.line, Source(item.source), item.to_wh - item.from_wh)
             for item in self._store.deliveries(row.start_s, row.meter)
         ]
-        final = row.delivered_wh == row.energy_wh or (self.is_closed(row.start_s) and row.open_until_s is None)
+        # What a correction has opened again has no quotas until it is decided.
+        settled = self.is_closed(row.start_s) and row.open_until_s is None and row.quotas is not None
+        final = row.delivered_wh == row.energy_wh or settled
         state = DeliveryState.FINAL if final else DeliveryState.OPEN
         return delivery_message(row, taken, state, self._calendar)
 

@@ -71,10 +71,13 @@ class Intake:
         self._registry = registry
         self._outputs = outputs
 
-    def take(self, meter: str, leaf: str, raw: bytes, market_time_s: int, first_start_s: int) -> Accepted | None:
+    def take(
+        self, meter: str, leaf: str, raw: bytes, market_time_s: int, first_start_s: int, settled_to_s: int = 0
+    ) -> Accepted | None:
         """Handle one message that came on the meter's topic. Returns it if it is accepted, now or before.
 
-        `first_start_s` is the start of the first interval that this broker serves demands of.
+        `first_start_s` is the start of the first interval that this broker serves demands of. Demands of intervals
+        that end at `settled_to_s` or before are corrected no more.
         """
         kind = _LEAVES[leaf]
         try:
@@ -83,13 +86,19 @@ class Intake:
             self._answer_unreadable(meter, kind, raw, error)
             return None
         try:
-            return self._take_parsed(meter, kind, envelope, market_time_s, first_start_s)
+            return self._take_parsed(meter, kind, envelope, market_time_s, first_start_s, settled_to_s)
         except (ProtocolError, RefusedInput) as error:
             self._answer_refused(meter, kind, envelope, str(error))
             return None
 
     def _take_parsed(
-        self, meter: str, kind: MessageType, envelope: Envelope, market_time_s: int, first_start_s: int
+        self,
+        meter: str,
+        kind: MessageType,
+        envelope: Envelope,
+        market_time_s: int,
+        first_start_s: int,
+        settled_to_s: int,
     ) -> Accepted | None:
         if envelope.message_type is not kind:
             raise RefusedInput(f"this topic takes a {kind.name.lower()}, not a {envelope.message_type.name.lower()}")
@@ -107,6 +116,8 @@ class Intake:
         try:
             self._check_interval(value, market_time_s)
             if kind is MessageType.DEMAND:
+                if value.revision and value.end_s <= settled_to_s:
+                    raise RefusedInput("the correction deadline of this interval is past; its demand is settled")
                 accepted = self._accept_demand(signer, value, identity, envelope.raw, first_start_s)
             else:
                 accepted = self._accept_reading(signer, value, identity, envelope.raw)
@@ -152,8 +163,6 @@ class Intake:
             raise RefusedInput(
                 f"the interval ends at {value.end_s}, which is still to come; check the clock of the gateway"
             )
-        if value.revision != 0:
-            raise RefusedInput("corrections are not accepted by this broker yet; send revision 0")
         if value.quality is Quality.MISSING and value.energy_wh:
             raise RefusedInput("a missing interval carries no energy; send 0 Wh or another quality")
 

@@ -407,7 +407,10 @@ class BrokerService:
             self._cursor = cursor
 
     def _submissions(self, now_s: float) -> list[bytes]:
-        """What is to be said to the ledger now: new batches, and what is overdue."""
+        """What is to be said to the ledger now: new batches, questions, and what is overdue."""
+        for device, start_s in self._broker.questions:
+            self._client.ask_made(device, start_s)
+        self._broker.questions.clear()
         while self._unsent:
             try:
                 self._client.submit(self._unsent[0])

@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 from broker.protocol import cbor
 from broker.protocol.messages import MessageType
 
-SCHEMA_VERSION: Final = 4
+SCHEMA_VERSION: Final = 5
 
 _SCHEMA: Final = """
 CREATE TABLE consumer (
@@ -39,9 +39,11 @@ CREATE TABLE message (
     start_s INTEGER NOT NULL, meter TEXT NOT NULL, kind INTEGER NOT NULL, revision INTEGER NOT NULL,
     message_id BLOB NOT NULL, raw BLOB NOT NULL, energy_wh INTEGER NOT NULL, pseudonym BLOB, commitment BLOB,
     delivered_wh INTEGER NOT NULL, quotas BLOB, refusal TEXT, open_until_s INTEGER,
+    standing INTEGER NOT NULL, ledger_revision INTEGER NOT NULL,
     PRIMARY KEY (start_s, meter, kind, revision)
 ) WITHOUT ROWID;
 CREATE INDEX message_open ON message (open_until_s) WHERE open_until_s IS NOT NULL;
+CREATE INDEX message_waiting ON message (start_s) WHERE standing = 1;
 CREATE TABLE conflict (
     number INTEGER PRIMARY KEY, meter TEXT NOT NULL, kind INTEGER NOT NULL, start_s INTEGER NOT NULL,
     revision INTEGER NOT NULL, message_id BLOB NOT NULL, raw BLOB NOT NULL, UNIQUE (message_id)
@@ -52,6 +54,15 @@ CREATE TABLE delivery (
     from_wh INTEGER NOT NULL, to_wh INTEGER NOT NULL, price INTEGER NOT NULL, through TEXT, batch INTEGER NOT NULL,
     PRIMARY KEY (start_s, meter, sequence)
 ) WITHOUT ROWID;
+CREATE INDEX delivery_elsewhere ON delivery (asset_start_s, device) WHERE asset_start_s <> start_s;
+CREATE TABLE unsure (device TEXT NOT NULL, start_s INTEGER NOT NULL, PRIMARY KEY (device, start_s)) WITHOUT ROWID;
+CREATE TABLE carried (device TEXT PRIMARY KEY, energy_wh INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE taken_back (
+    number INTEGER PRIMARY KEY, start_s INTEGER NOT NULL, meter TEXT NOT NULL, device TEXT NOT NULL,
+    asset_start_s INTEGER NOT NULL, asset_revision INTEGER NOT NULL, from_wh INTEGER NOT NULL, to_wh INTEGER NOT NULL,
+    batch INTEGER NOT NULL
+);
+CREATE INDEX taken_back_interval ON taken_back (start_s);
 CREATE TABLE account (
     meter TEXT NOT NULL, period_start_s INTEGER NOT NULL, version INTEGER NOT NULL, total_wh INTEGER NOT NULL,
     by_line BLOB NOT NULL, PRIMARY KEY (meter, period_start_s, version)
@@ -132,6 +143,23 @@ class BatchKind(IntEnum):
     DELIVER = 2
     SUPPLY = 3
     CLOSE = 4
+    CORRECT_DEMAND = 5
+    CORRECT = 6
+    TAKE_OVER = 7
+
+
+class Standing(IntEnum):
+    """Which revision of a demand counts: the CURRENT one, until a WAITING one has been put into effect.
+
+    A reading's later revision is a difference to the one before: it waits until the ledger has it.
+    """
+
+    CURRENT = 0
+    WAITING = 1
+    SUPERSEDED = 2
+
+
+_STANDINGS: Final = tuple(Standing)
 
 
 class IntervalState(IntEnum):
@@ -186,7 +214,8 @@ class StatementRow:
 class MessageRow(NamedTuple):
     """An accepted reading or demand. Pseudonym and commitment are a demand's; `quotas` is set while it is short.
 
-    `open_until_s` is the end of the window of a demand that is short although its own interval is closed.
+    `open_until_s` is the end of the window of a demand that is short although its own interval is closed. `revision` is
+    the meter's own count, `ledger_revision` how often the ledger has seen the demand corrected.
     """
 
     start_s: int
@@ -202,6 +231,8 @@ class MessageRow(NamedTuple):
     quotas: tuple[int, ...] | None
     refusal: str | None
     open_until_s: int | None = None
+    standing: Standing = Standing.CURRENT
+    ledger_revision: int = 0
 
 
 class DeliveryRow(NamedTuple):
@@ -493,12 +524,80 @@ class BrokerStore:
         pseudonym: bytes | None,
         commitment: bytes | None,
     ) -> bool:
-        """Keep an accepted message. False, and nothing has changed, if there is one for that interval and revision."""
+        """Keep an accepted message. False, and nothing has changed, if there is one for that interval and revision.
+
+        A later revision waits to be put into effect; an earlier demand than is known counts for nothing.
+        """
+        standing = int(Standing.WAITING if revision else Standing.CURRENT)
         cursor = self._db.execute(
-            "INSERT INTO message VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 0, NULL, NULL, NULL) ON CONFLICT DO NOTHING",
-            (start_s, meter, kind, revision, message_id, raw, energy_wh, pseudonym, commitment),
+            "INSERT INTO message SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, 0, NULL, NULL, NULL,"
+            " CASE WHEN ?3 = 2 AND EXISTS (SELECT 1 FROM message WHERE start_s = ?1 AND meter = ?2 AND kind = ?3"
+            " AND revision > ?4) THEN 2 ELSE ?10 END, 0 WHERE true ON CONFLICT DO NOTHING",
+            (start_s, meter, kind, revision, message_id, raw, energy_wh, pseudonym, commitment, standing),
         )
         return cursor.rowcount == 1
+
+    def waiting_demands(self) -> list[tuple[int, str]]:
+        """(start_s, meter) of the demands that have a revision which is not in effect yet."""
+        return self._db.execute(
+            "SELECT DISTINCT start_s, meter FROM message WHERE standing = 1 AND kind = 2 ORDER BY start_s, meter"
+        ).fetchall()
+
+    def waiting_readings(self) -> list[tuple[int, str]]:
+        """(start_s, meter) of the readings that have a revision which the ledger has not got yet."""
+        return self._db.execute(
+            "SELECT DISTINCT start_s, meter FROM message WHERE standing = 1 AND kind = 1 ORDER BY start_s, meter"
+        ).fetchall()
+
+    def set_reading_standing(self, start_s: int, meter: str, revision: int, standing: Standing) -> None:
+        """Note that the ledger has a reading's revision, or has refused it."""
+        self._db.execute(
+            "UPDATE message SET standing = ? WHERE start_s = ? AND meter = ? AND kind = 1 AND revision = ?",
+            (int(standing), start_s, meter, revision),
+        )
+
+    def has_stake(self, device: str, start_s: int) -> bool:
+        """True if energy of that device and interval ever came to this broker."""
+        row = self._db.execute(
+            "SELECT 1 FROM transfer WHERE asset_start_s = ? AND device = ? AND flow IN (0, 1) LIMIT 1",
+            (start_s, device),
+        ).fetchone()
+        return row is not None
+
+    def unsure(self) -> list[tuple[str, int]]:
+        """(device, start_s) of the intervals about which the ledger has to be asked."""
+        return self._db.execute("SELECT device, start_s FROM unsure").fetchall()
+
+    def set_unsure(self, device: str, start_s: int) -> None:
+        self._db.execute("INSERT OR IGNORE INTO unsure VALUES (?, ?)", (device, start_s))
+
+    def set_sure(self, device: str, start_s: int) -> None:
+        self._db.execute("DELETE FROM unsure WHERE device = ? AND start_s = ?", (device, start_s))
+
+    def carried(self) -> dict[str, int]:
+        """By own device: Wh that its next issue adds or, negative, takes off; as the ledger said last."""
+        return dict(self._db.execute("SELECT device, energy_wh FROM carried").fetchall())
+
+    def set_carried(self, device: str, energy_wh: int) -> None:
+        if energy_wh:
+            self._db.execute("INSERT OR REPLACE INTO carried VALUES (?, ?)", (device, energy_wh))
+        else:
+            self._db.execute("DELETE FROM carried WHERE device = ?", (device,))
+
+    def current_demand(self, start_s: int, meter: str) -> MessageRow | None:
+        """The revision of a demand that counts."""
+        row = self._db.execute(
+            "SELECT * FROM message WHERE start_s = ? AND meter = ? AND kind = 2 AND standing = 0", (start_s, meter)
+        ).fetchone()
+        return _message_row(row) if row else None
+
+    def set_standing(self, start_s: int, meter: str, revision: int, standing: Standing, ledger_revision: int) -> None:
+        """Note which revision of a demand counts, and how often the ledger has seen the demand corrected."""
+        self._db.execute(
+            "UPDATE message SET standing = ?, ledger_revision = ? WHERE start_s = ? AND meter = ? AND kind = 2"
+            " AND revision = ?",
+            (int(standing), ledger_revision, start_s, meter, revision),
+        )
 
     def refuse_message(self, start_s: int, meter: str, kind: int, revision: int, reason: str) -> None:
         """Note that the ledger refused what an accepted message asked for; it is not tried again."""
@@ -508,16 +607,18 @@ class BrokerStore:
         )
 
     def messages(self, start_s: int, kind: MessageType) -> Iterator[MessageRow]:
-        """All accepted messages of that kind for one interval, by meter name."""
+        """The accepted messages of that kind for one interval, by meter name; of demands those that count."""
         rows = self._db.execute(
-            "SELECT * FROM message WHERE start_s = ? AND kind = ? ORDER BY meter, revision", (start_s, int(kind))
+            "SELECT * FROM message WHERE start_s = ? AND kind = ? AND standing = 0 ORDER BY meter, revision",
+            (start_s, int(kind)),
         )
         return (_message_row(row) for row in rows)
 
     def commitments(self, start_s: int) -> Iterator[tuple[bytes, bytes, int]]:
-        """(pseudonym, commitment, energy_wh) of all accepted demands of one interval, by pseudonym."""
+        """(pseudonym, commitment, energy_wh) of all demands of one interval that count, by pseudonym."""
         return self._db.execute(
-            "SELECT pseudonym, commitment, energy_wh FROM message WHERE start_s = ? AND kind = 2 ORDER BY pseudonym",
+            "SELECT pseudonym, commitment, energy_wh FROM message WHERE start_s = ? AND kind = 2 AND standing = 0"
+            " ORDER BY pseudonym",
             (start_s,),
         )
 
@@ -525,7 +626,7 @@ class BrokerStore:
         """Demands of one interval that are not delivered in full, by meter name; without those the ledger refused."""
         rows = self._db.execute(
             "SELECT * FROM message WHERE start_s = ? AND kind = 2 AND delivered_wh < energy_wh AND refusal IS NULL"
-            " ORDER BY meter, revision",
+            " AND standing = 0 ORDER BY meter, revision",
             (start_s,),
         )
         return [_message_row(row) for row in rows]
@@ -542,12 +643,11 @@ class BrokerStore:
         return (_message_row(row) for row in rows)
 
     def demanded_wh(self, meter: str, since_s: int, until_s: int) -> int:
-        """Wh that a consumer demanded for the intervals that begin in `[since_s, until_s)`, by the newest revisions."""
+        """Wh that a consumer demanded for the intervals that begin in `[since_s, until_s)`, as corrected."""
         row = self._db.execute(
             "SELECT coalesce(sum(said.energy_wh), 0) FROM interval CROSS JOIN message AS said"
             " ON said.start_s = interval.start_s AND said.meter = ? AND said.kind = 2"
-            " WHERE interval.start_s >= ? AND interval.start_s < ? AND said.revision = (SELECT max(revision)"
-            " FROM message WHERE start_s = said.start_s AND meter = said.meter AND kind = 2)",
+            " WHERE interval.start_s >= ? AND interval.start_s < ? AND said.standing = 0",
             (meter, since_s, until_s),
         ).fetchone()
         return int(row[0])
@@ -604,6 +704,39 @@ class BrokerStore:
             "SELECT * FROM delivery WHERE start_s = ? AND meter = ? ORDER BY sequence", (start_s, meter)
         )
         return [DeliveryRow(*row) for row in rows]
+
+    def deliveries_from(self, device: str, asset_start_s: int) -> list[DeliveryRow]:
+        """What was delivered of a device's interval, to demands of whatever intervals."""
+        rows = self._db.execute(
+            "SELECT * FROM delivery WHERE start_s = ?1 AND asset_start_s = ?1 AND device = ?2"
+            " UNION ALL SELECT * FROM delivery WHERE asset_start_s = ?1 AND device = ?2 AND asset_start_s <> start_s",
+            (asset_start_s, device),
+        )
+        return [DeliveryRow(*row) for row in rows]
+
+    def take_back(self, row: DeliveryRow, from_wh: int, batch: int) -> None:
+        """Note that a delivery gave back its Wh from `from_wh` on, in the batch of that number."""
+        place = (row.start_s, row.meter, row.sequence)
+        if from_wh == row.from_wh:
+            self._db.execute("DELETE FROM delivery WHERE start_s = ? AND meter = ? AND sequence = ?", place)
+        else:
+            self._db.execute(
+                "UPDATE delivery SET to_wh = ? WHERE start_s = ? AND meter = ? AND sequence = ?", (from_wh, *place)
+            )
+        self._db.execute(
+            "INSERT INTO taken_back (start_s, meter, device, asset_start_s, asset_revision, from_wh, to_wh, batch)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (row.start_s, row.meter, row.device, row.asset_start_s, row.asset_revision, from_wh, row.to_wh, batch),
+        )
+
+    def taken_back(self, since_s: int, until_s: int) -> list[tuple[int, str, str, int, int, int, int]]:
+        """(start_s, meter, device, asset_start_s, asset_revision, from_wh, to_wh) of what demands of
+        `[since_s, until_s)` were given and no longer have, oldest first."""
+        return self._db.execute(
+            "SELECT start_s, meter, device, asset_start_s, asset_revision, from_wh, to_wh FROM taken_back"
+            " WHERE start_s >= ? AND start_s < ? ORDER BY number",
+            (since_s, until_s),
+        ).fetchall()
 
     def all_deliveries(self) -> Iterator[DeliveryRow]:
         rows = self._db.execute("SELECT * FROM delivery ORDER BY start_s, meter, sequence")
@@ -982,10 +1115,9 @@ def _device_row(row: Sequence[Any]) -> DeviceRow:
 
 
 def _message_row(row: Sequence[Any]) -> MessageRow:
-    message = MessageRow._make(row)
-    if message.quotas is None:
-        return message
-    return message._replace(quotas=tuple(cbor.decode(row[10], "quotas", 1_024)))
+    # Spelled out, because rows are made for each demand of each interval and `_replace` costs three times as much.
+    quotas = None if row[10] is None else tuple(cbor.decode(row[10], "quotas", 1_024))
+    return MessageRow._make((*row[:10], quotas, *row[11:13], _STANDINGS[row[13]], row[14]))
 
 
 def _batch_row(row: Sequence[Any]) -> BatchRow:

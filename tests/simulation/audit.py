@@ -10,15 +10,26 @@ from dataclasses import dataclass, field
 from support.ledger_world import key
 
 from broker.ledger.embedded import EmbeddedLedger
-from broker.ledger.operations import Close, Deliver, Issue, Operation, Transfer, Void, Window, decode_operation
+from broker.ledger.operations import (
+    Close,
+    Correct,
+    CorrectDemand,
+    Deliver,
+    Issue,
+    Operation,
+    Transfer,
+    Void,
+    Window,
+    decode_operation,
+)
 from broker.market.statements import market_faults
 from broker.market.windows import Span
 from broker.protocol.envelope import Signer, open_envelope, parse
 from broker.protocol.messages import Batch, Block, MessageType, Order, Reading
 from broker.protocol.sources import Source
 from broker.service.accounts import ledger_faults, own_books
-from broker.service.store import BrokerStore, IntervalState, WorkState
-from simulation.world import INTERVAL_S, LEDGER, T0, Books, World
+from broker.service.store import BrokerStore, IntervalState, Standing, WorkState
+from simulation.world import INTERVAL_S, LEDGER, T0, Books, World, capacity_w
 
 AssetName = tuple[str, int]
 """(device, start of the interval)."""
@@ -36,10 +47,50 @@ class Accounts:
     issued_wh: Counter[AssetName] = field(default_factory=Counter)
     demanded_wh: dict[tuple[int, bytes], int] = field(default_factory=dict)
     given_wh: Counter[tuple[int, bytes]] = field(default_factory=Counter)
+    revisions: Counter[tuple[int, bytes]] = field(default_factory=Counter)
+    """How often each demand was corrected."""
     under_order_wh: Counter[OrderName] = field(default_factory=Counter)
     orders: dict[OrderName, Order] = field(default_factory=dict)
     ended: set[OrderName] = field(default_factory=set)
+    revision_of: dict[tuple[str, int, int], int] = field(default_factory=dict)
+    """The reading's revision that made each Wh."""
+    delivery_of: dict[tuple[str, int, int], tuple[int, tuple[int, bytes]]] = field(default_factory=dict)
+    """Which slice, counted over all, and which demand each Wh was delivered with last."""
+    slices: int = 0
+    metered: dict[AssetName, tuple[int, int]] = field(default_factory=dict)
+    """(revision, Wh) that the meter said last."""
+    carried_wh: Counter[str] = field(default_factory=Counter)
+    withdrawn_wh: Counter[AssetName] = field(default_factory=Counter)
+    limit_wh: dict[str, int] = field(default_factory=dict)
+    broker_of: dict[str, str] = field(default_factory=dict)
+    clock_s: Counter[str] = field(default_factory=Counter)
+    deadline_s: int = 0
     closed: dict[tuple[str, int], list[Close]] = field(default_factory=dict)
+
+    def is_late(self, reading: Reading) -> bool:
+        return self.clock_s[self.broker_of[reading.meter]] >= reading.end_s + self.deadline_s
+
+    def make(self, asset: AssetName, revision: int, energy_wh: int) -> None:
+        """New Wh, numbered from where all before them ended."""
+        first = self.issued_wh[asset]
+        self.issued_wh[asset] += energy_wh
+        for number in range(first, first + energy_wh):
+            self.owner[(*asset, number)] = "provider"
+            self.revision_of[(*asset, number)] = revision
+
+    def withdraw(self, asset: AssetName, energy_wh: int) -> None:
+        """The provider's first, then what others hold, then what was delivered, each time the newest Wh first."""
+
+        def rank(wh: tuple[str, int, int]) -> tuple[int, int, int, int]:
+            if wh in self.delivered_to:
+                return 2, -self.revision_of[wh], -self.delivery_of[wh][0], -wh[2]
+            return int(self.owner[wh] != "provider"), -self.revision_of[wh], 0, -wh[2]
+
+        for wh in sorted([wh for wh in self.owner if wh[:2] == asset], key=rank)[:energy_wh]:
+            del self.owner[wh]
+            if self.delivered_to.pop(wh, None) is not None:
+                self.given_wh[self.delivery_of[wh][1]] -= 1
+        self.withdrawn_wh[asset] += energy_wh
 
 
 def check(world: World, books: Books) -> Accounts:
@@ -70,7 +121,10 @@ def _ledger(world: World) -> EmbeddedLedger:
 
 def _replay(world: World) -> Accounts:
     ledger = _ledger(world)
-    accounts = Accounts()
+    accounts = Accounts(deadline_s=world.genesis.correction_deadline_s)
+    for plan in world.plan.devices:
+        accounts.limit_wh[plan.device] = capacity_w(plan) * INTERVAL_S * 11 // 36_000
+        accounts.broker_of[plan.device] = plan.broker
     try:
         signer = Signer("node", key("node").public)
         for raw in ledger.blocks(1):
@@ -90,10 +144,28 @@ def _apply(accounts: Accounts, sender: str, operation: Operation) -> None:
     if isinstance(operation, Issue):
         reading = Reading.from_payload(parse(operation.statement).payload)
         asset = (reading.meter, reading.start_s)
-        assert asset not in accounts.issued_wh, f"{asset} is issued twice"
-        accounts.issued_wh[asset] = reading.energy_wh
-        for number in range(reading.energy_wh):
-            accounts.owner[(*asset, number)] = "provider"
+        assert asset not in accounts.metered, f"{asset} is issued twice"
+        wanted_wh = reading.energy_wh + accounts.carried_wh[reading.meter]
+        net_wh = 0 if accounts.is_late(reading) else min(max(wanted_wh, 0), accounts.limit_wh[reading.meter])
+        accounts.carried_wh[reading.meter] = wanted_wh - net_wh
+        accounts.metered[asset] = (0, reading.energy_wh)
+        accounts.make(asset, 0, net_wh)
+    elif isinstance(operation, Correct):
+        reading = Reading.from_payload(parse(operation.statement).payload)
+        asset = (reading.meter, reading.start_s)
+        revision, before_wh = accounts.metered.get(asset, (0, 0))
+        assert reading.revision == revision + 1
+        accounts.metered[asset] = (reading.revision, reading.energy_wh)
+        difference_wh = reading.energy_wh - before_wh
+        net_wh = accounts.issued_wh[asset] - accounts.withdrawn_wh[asset]
+        target_wh = min(max(net_wh + difference_wh, 0), accounts.limit_wh[reading.meter])
+        if accounts.is_late(reading):
+            target_wh = net_wh
+        accounts.carried_wh[reading.meter] += difference_wh - (target_wh - net_wh)
+        if target_wh > net_wh:
+            accounts.make(asset, reading.revision, target_wh - net_wh)
+        else:
+            accounts.withdraw(asset, net_wh - target_wh)
     elif isinstance(operation, Transfer):
         device, start_s = operation.asset.device, operation.asset.start_s
         owner_before = operation.sender if operation.sender == sender else "provider"
@@ -118,11 +190,26 @@ def _apply(accounts: Accounts, sender: str, operation: Operation) -> None:
                 assert accounts.owner[wh] == sender, "delivered by somebody who does not own it"
                 assert wh not in accounts.delivered_to, "delivered twice"
                 accounts.delivered_to[wh] = operation.pseudonym
+                accounts.delivery_of[wh] = (accounts.slices, demand)
+            accounts.slices += 1
             accounts.given_wh[demand] += item.to_wh - item.from_wh
+        assert accounts.given_wh[demand] <= operation.demanded_wh
+    elif isinstance(operation, CorrectDemand):
+        demand = (operation.start_s, operation.pseudonym)
+        accounts.revisions[demand] += 1
+        assert operation.revision == accounts.revisions[demand]
+        accounts.demanded_wh[demand] = operation.demanded_wh
+        for item in operation.returned:
+            for number in range(item.from_wh, item.to_wh):
+                wh = (item.asset.device, item.asset.start_s, number)
+                assert accounts.delivered_to.pop(wh) == operation.pseudonym, "returned by somebody who was not given it"
+            accounts.given_wh[demand] -= item.to_wh - item.from_wh
         assert accounts.given_wh[demand] <= operation.demanded_wh
     elif isinstance(operation, Close):
         revisions = accounts.closed.setdefault((sender, operation.start_s), [])
         assert operation.revision == len(revisions)
+        if not revisions:
+            accounts.clock_s[sender] = operation.end_s
         revisions.append(operation)
         for name, order in accounts.orders.items():
             if (order.requester, order.start_s) == (sender, operation.start_s):
@@ -144,6 +231,9 @@ def _check_demands(world: World, books: Books, accounts: Accounts) -> None:
     for store in _stores(world).values():
         for row in store.all_messages(MessageType.DEMAND):
             assert row.pseudonym is not None
+            assert row.standing is not Standing.WAITING, f"{row.meter} at {row.start_s} waits for its correction"
+            if row.standing is not Standing.CURRENT:
+                continue
             place = (row.meter, row.start_s)
             on_ledger = (row.start_s, row.pseudonym)
             seen.add(on_ledger)
@@ -153,7 +243,7 @@ def _check_demands(world: World, books: Books, accounts: Accounts) -> None:
             if row.energy_wh and closed_s is not None and row.start_s <= closed_s and row.open_until_s is None:
                 assert accounts.demanded_wh[on_ledger] == row.energy_wh, f"{place} is not on the ledger"
                 told = world.meters[row.meter].final.get(row.start_s)
-                if told is not None:
+                if told is not None and told.revision == row.revision:
                     assert told.unmatched_wh >= books.unmatched_wh[place]
         store.close()
     assert set(accounts.demanded_wh) <= seen, "the ledger has demands that no broker accepted"
@@ -165,7 +255,7 @@ def _check_receipts(world: World) -> None:
     for meter in world.meters.values():
         kept = [row for row in stores[meter.broker].all_messages(meter.kind) if row.meter == meter.name]
         assert {row.message_id for row in kept} >= set(meter.receipts), f"{meter.name}: receipted and lost"
-        assert len({row.start_s for row in kept}) == len(kept)
+        assert len({(row.start_s, row.revision) for row in kept}) == len(kept)
     for store in stores.values():
         store.close()
 
@@ -174,12 +264,19 @@ def _check_readings(world: World, accounts: Accounts) -> None:
     """Every accepted reading is issued, once and in full, and belongs to the broker under mandate or those after it."""
     for store in _stores(world).values():
         for row in store.all_messages(MessageType.READING):
-            if row.refusal is None:
-                assert accounts.issued_wh[row.meter, row.start_s] == row.energy_wh, f"{row.meter} at {row.start_s}"
+            assert row.standing is not Standing.WAITING, f"{row.meter} at {row.start_s} waits for its correction"
+            if row.refusal is None and row.revision >= accounts.metered.get((row.meter, row.start_s), (0, 0))[0]:
+                on_ledger = accounts.metered.get((row.meter, row.start_s), (0, 0))
+                assert on_ledger == (row.revision, row.energy_wh), f"{row.meter} at {row.start_s}"
         assert not store.waiting_batches()
         assert not store.statements(WorkState.WAITING)
         store.close()
     assert "provider" not in accounts.owner.values()
+    for device in accounts.broker_of:
+        metered_wh = sum(energy_wh for (name, _), (_, energy_wh) in accounts.metered.items() if name == device)
+        made_wh = sum(energy_wh for (name, _), energy_wh in accounts.issued_wh.items() if name == device)
+        gone_wh = sum(energy_wh for (name, _), energy_wh in accounts.withdrawn_wh.items() if name == device)
+        assert metered_wh == made_wh - gone_wh + accounts.carried_wh[device]
 
 
 def _check_orders(world: World, accounts: Accounts) -> None:
@@ -211,7 +308,8 @@ def _check_holdings(world: World, books: Books, accounts: Accounts) -> None:
     for (device, start_s, number), owner in accounts.owner.items():
         if (device, start_s, number) not in accounts.delivered_to:
             held[owner, start_s, Source(source_of[device]).label] += 1
-    assert sum(accounts.issued_wh.values()) == sum(held.values()) + len(accounts.delivered_to)
+    gone_wh = sum(accounts.withdrawn_wh.values())
+    assert sum(accounts.issued_wh.values()) == sum(held.values()) + len(accounts.delivered_to) + gone_wh
     assert dict(held) == books.kept_wh
 
 

@@ -44,7 +44,7 @@ from broker.protocol.mqtt_link import MqttConfig
 from broker.protocol.sources import Source
 from broker.protocol.topics import Topics
 from broker.service.run import BrokerService
-from broker.service.store import BrokerStore, ConsumerRow, ContractRow, DeviceRow
+from broker.service.store import BrokerStore, ConsumerRow, ContractRow, DeviceRow, Standing
 from simulation.simulated_mqtt import Faults, Partition, SimulatedLink, SimulatedServer
 from simulation.simulated_mqtt import Message as MqttMessage
 
@@ -275,9 +275,16 @@ class World:
     def _take_on(self, store: BrokerStore, plan: DevicePlan) -> None:
         """Put a device with its admission and mandate into its broker's store."""
         meter = key(plan.device).public
-        capacity_w = 4 * max(1, *plan.energies_wh)
         admission = Admission(
-            plan.device, plan.owner, meter.cose_key, plan.source, Carrier.ELECTRICITY, capacity_w, plan.area, "roof", 0
+            plan.device,
+            plan.owner,
+            meter.cose_key,
+            plan.source,
+            Carrier.ELECTRICITY,
+            capacity_w(plan),
+            plan.area,
+            "roof",
+            0,
         )
         terms = plan.terms or DeviceTerms(100 + plan.source)
         mandate = Mandate(plan.device, plan.owner, plan.broker, T0 - 1_000 * INTERVAL_S)
@@ -288,7 +295,7 @@ class World:
         store.add_statement(MessageType.MANDATE, self.signed(mandate, plan.owner))
         store.add_device(
             DeviceRow(
-                *(plan.device, plan.owner, meter.cose_key, meter.key_id, int(plan.source), capacity_w, plan.area),
+                *(plan.device, plan.owner, meter.cose_key, meter.key_id, int(plan.source), capacity_w(plan), plan.area),
                 *(terms.price, mandate.from_s, terms.reserve_ppm, terms.exclusive_ppm, terms.exclusive_for),
             )
         )
@@ -567,6 +574,8 @@ class World:
             for row in store.all_deliveries():
                 delivered[row.meter, row.start_s, Source(row.source).label] += row.to_wh - row.from_wh
             for message in store.all_messages(MessageType.DEMAND):
+                if message.standing is not Standing.CURRENT:
+                    continue
                 unmatched[message.meter, message.start_s] = message.energy_wh - message.delivered_wh
             for purchase in store.transfers(Flow.BOUGHT):
                 label = source_of[purchase.device].label
@@ -596,6 +605,11 @@ class World:
                 f" pending {client.pending}, unsent {len(process.service._unsent)}"
             )
         return "\n".join(lines)
+
+
+def capacity_w(plan: DevicePlan) -> int:
+    """What a device is admitted for: twice of what it ever makes."""
+    return 4 * max(1, *plan.energies_wh)
 
 
 def _genesis(plan: Plan) -> Genesis:

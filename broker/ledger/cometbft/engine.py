@@ -17,6 +17,7 @@ from broker.ledger.cometbft.follower import (
     BlocksPage,
     Follower,
     HoldingsOf,
+    MadeOf,
     News,
     ProofOf,
     Proven,
@@ -184,6 +185,12 @@ class CometbftLedger:
     def prove(self, kind: QueryKind, place: int) -> tuple[bytes, ...]:
         """The entries of a page that proves this, as a node gave them. Raises NotYet."""
         answer = self._answer(ProofOf(kind, place))
+        assert isinstance(answer, Proven)
+        return answer.entries
+
+    def made(self, party: str, device: str, start_s: int) -> tuple[bytes, ...]:
+        """What became of one device's interval, as a node says. Raises NotYet."""
+        answer = self._answer(MadeOf(party, device, start_s))
         assert isinstance(answer, Proven)
         return answer.entries
 

@@ -97,7 +97,16 @@ class ProofOf:
     place: int
 
 
-Question = HoldingsOf | BlocksFrom | SignerOf | ProofOf
+@dataclass(frozen=True, slots=True)
+class MadeOf:
+    """Asks what became of one device's interval; the answer is a Proven with one entry, or none."""
+
+    party: str
+    device: str
+    start_s: int
+
+
+Question = HoldingsOf | BlocksFrom | SignerOf | ProofOf | MadeOf
 
 
 @dataclass(frozen=True, slots=True)
@@ -467,6 +476,8 @@ class Follower:
                     answer: Answer = self._signer(node, key_id)
                 case ProofOf(kind, place):
                     answer = _proven(node, kind, place)
+                case MadeOf(party, device, start_s):
+                    answer = _entries(node, "/made", [party, device, start_s])
                 case BlocksFrom(height):
                     answer = _blocks_page(node, height)
                 case HoldingsOf(party):
@@ -511,10 +522,14 @@ def _head(node: Node) -> tuple[Head, int]:
 
 def _proven(node: Node, kind: QueryKind, place: int) -> Proven:
     """A node's proof. Whoever asked checks it; the node need not be believed."""
-    match _decoded(node, "/prove", cbor.encode([int(kind), place])):
+    return _entries(node, "/prove", [int(kind), place])
+
+
+def _entries(node: Node, path: str, question: list[Any]) -> Proven:
+    match _decoded(node, path, cbor.encode(question)):
         case list(entries) if all(type(raw) is bytes for raw in entries):
             return Proven(tuple(entries))
-    raise NodeError(node.url, "its answer to /prove is none")
+    raise NodeError(node.url, f"its answer to {path} is none")
 
 
 def _blocks_page(node: Node, from_height: int) -> BlocksPage:

@@ -21,6 +21,7 @@ from typing import Any, Final
 
 from broker.ledger.chain import Head
 from broker.ledger.cometbft.views import HoldingsViews
+from broker.ledger.made import made_of
 from broker.ledger.opening import party_signer
 from broker.ledger.proving import prove
 from broker.ledger.receipts import ProofFailed
@@ -128,6 +129,15 @@ def _prove(sources: Sources, question: bytes) -> bytes:
         return cbor.encode([])
 
 
+_MADE_QUESTION: Final = Row((Name(), Name(), Unsigned()))
+
+
+def _made(sources: Sources, question: bytes) -> bytes:
+    party, device, start_s = _MADE_QUESTION.decode(_decoded(question), "question")
+    made = made_of(sources.store, sources.head.height, party, device, start_s)
+    return cbor.encode([] if made is None else [made.to_bytes()])
+
+
 def _result(sources: Sources, question: bytes) -> bytes:
     batch_id = Bytes(32, 32).decode(_decoded(question), "question")
     height = sources.store.height_of(batch_id)
@@ -151,5 +161,6 @@ _ANSWERS: Final[Mapping[str, Callable[[Sources, bytes], bytes]]] = {
     "/holdings": _holdings,
     "/signer": _signer,
     "/prove": _prove,
+    "/made": _made,
     "/result": _result,
 }

@@ -17,7 +17,7 @@ from broker.protocol.sources import Source
 from broker.protocol.topics import Topics
 from broker.service.core import Broker
 from broker.service.outputs import Identity
-from broker.service.store import BrokerStore, IntervalState, TransferRow
+from broker.service.store import BrokerStore, IntervalState, Standing, TransferRow
 
 T0 = 1_769_904_000
 WEST_BUYS = TransferRow(Flow.BOUGHT, "east", "mill", T0, 0, 0, 50, Source.WIND, 5, b"1" * 16)
@@ -62,11 +62,14 @@ def test_what_was_sold_had_cost_what_was_paid_before_that(store: BrokerStore) ->
     assert list(store.settled_sales(T0 + 1, T0 + 2)) == []
 
 
-def test_a_demand_counts_once_with_its_newest_revision(store: BrokerStore) -> None:
+def test_a_demand_counts_once_with_the_revision_in_effect(store: BrokerStore) -> None:
     for start_s, revision, energy_wh in ((T0, 0, 100), (T0, 1, 90), (T0 + 1_800, 0, 50), (T0 + 3_600, 0, 7)):
         store.set_interval(start_s, IntervalState.CLOSED, 1)
         named = start_s, "home", MessageType.DEMAND, revision, bytes([revision]) + start_s.to_bytes(8)
         store.add_message(*named, b"raw", energy_wh, b"p", b"c")
+    assert store.demanded_wh("home", T0, T0 + 3_600) == 150
+    store.set_standing(T0, "home", 0, Standing.SUPERSEDED, 0)
+    store.set_standing(T0, "home", 1, Standing.CURRENT, 1)
     store.add_message(T0, "other", MessageType.DEMAND, 0, b"x", b"raw", 1_000, b"q", b"c")
     store.add_message(T0, "home", MessageType.READING, 0, b"y", b"raw", 1_000, None, None)
     assert store.demanded_wh("home", T0, T0 + 3_600) == 140

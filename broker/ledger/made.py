@@ -1,0 +1,113 @@
+"""What became of one device's energy of one interval, as the ledger answers a query of kind MADE. Pure.
+
+A correction of a reading withdraws by rule, from whoever has the energy. Its operation does not say what: that follows
+from all that happened to the asset before, also among others. So a broker that has a stake in it asks.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+from broker.ledger.limits import MAX_REVISION, MAX_SEARCHED_DELIVERIES
+from broker.ledger.operations import AssetId
+from broker.ledger.state import ASSET, CARRY, DEVICE, SLICE, AssetRow, CarryRow, DeviceRow, SliceRow, State
+from broker.protocol import cbor
+from broker.protocol.codec import Bytes, Choice, Many, Name, Row, Unsigned
+from broker.protocol.errors import MalformedMessage
+from broker.protocol.limits import MAX_INTEGER
+from broker.protocol.messages import Carrier
+
+_MAX_BYTES: Final = 2 * 2**20
+_HELD: Final = Row((Unsigned(MAX_REVISION), Unsigned(), Unsigned(), Name()))
+_GIVEN: Final = Row((Unsigned(MAX_REVISION), Unsigned(), Unsigned(), Bytes(16, 16), Unsigned()))
+_HEAD: Final = Row((Unsigned(), Name(), Choice(Carrier), Unsigned()))
+_LISTS: Final = Row((Many(_HELD, 65_535), Many(_GIVEN, MAX_SEARCHED_DELIVERIES)))
+
+
+@dataclass(frozen=True, slots=True)
+class HeldRange:
+    """`[from_wh, to_wh)` of an asset, held by `owner`."""
+
+    asset: AssetId
+    from_wh: int
+    to_wh: int
+    owner: str
+
+
+@dataclass(frozen=True, slots=True)
+class GivenRange:
+    """A slice that the asking party delivered to a demand, and that is delivered still."""
+
+    asset: AssetId
+    from_wh: int
+    to_wh: int
+    pseudonym: bytes
+    demand_start_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """True at `height`. `carried_wh` is what the device's next issue adds (or takes off), of whatever interval."""
+
+    height: int
+    device: str
+    carrier: Carrier
+    start_s: int
+    carried_wh: int
+    held: tuple[HeldRange, ...]
+    given: tuple[GivenRange, ...]
+
+    def to_bytes(self) -> bytes:
+        """`made` in schema/operations.cddl."""
+        held = [[item.asset.revision, item.from_wh, item.to_wh, item.owner] for item in self.held]
+        given = [
+            [item.asset.revision, item.from_wh, item.to_wh, item.pseudonym, item.demand_start_s] for item in self.given
+        ]
+        head = [self.height, self.device, int(self.carrier), self.start_s]
+        return cbor.encode([*head, self.carried_wh, held, given])
+
+
+def decode_made(raw: bytes) -> Made:
+    """Raises MalformedMessage."""
+    data = cbor.decode(raw, "made", _MAX_BYTES)
+    if type(data) is not list or len(data) != 7 or type(data[4]) is not int or abs(data[4]) > MAX_INTEGER:
+        raise MalformedMessage("made", "[height, device, carrier, start_s, carried_wh, held, delivered]")
+    height, device, carrier, start_s = _HEAD.decode(data[:4], "made")
+    held, given = _LISTS.decode(data[5:], "made")
+    return Made(
+        height,
+        device,
+        carrier,
+        start_s,
+        data[4],
+        tuple(HeldRange(AssetId(device, carrier, start_s, row[0]), *row[1:]) for row in held),
+        tuple(GivenRange(AssetId(device, carrier, start_s, row[0]), *row[1:]) for row in given),
+    )
+
+
+def made_of(state: State, height: int, party: str, device: str, start_s: int) -> Made | None:
+    """What the ledger at `height` has of this device and interval; deliveries are those of `party`. None: no device.
+
+    Deliveries from an asset that has too many for a correction to look through are left out, as it takes none of them.
+    """
+    row: DeviceRow | None = state.get((DEVICE, device))
+    if row is None:
+        return None
+    carrier = Carrier(row.carrier)
+    held: list[HeldRange] = []
+    given: list[GivenRange] = []
+    for revision in range(MAX_REVISION + 1):
+        name = (start_s, device, int(carrier), revision)
+        asset: AssetRow | None = state.get((ASSET, *name))
+        if asset is None:
+            continue
+        identity = AssetId(device, carrier, start_s, revision)
+        held += [HeldRange(identity, item.from_wh, item.to_wh, item.owner) for item in asset.held]
+        if asset.deliveries > MAX_SEARCHED_DELIVERIES:
+            continue
+        for key in state.scan((SLICE, *name), 0, MAX_INTEGER + 1):
+            item: SliceRow = state.get(key)
+            if item.broker == party and len(given) < MAX_SEARCHED_DELIVERIES:
+                given.append(GivenRange(identity, key[5], item.to_wh, item.pseudonym, item.demand_start_s))
+    carried: CarryRow | None = state.get((CARRY, device, int(carrier)))
+    carried_wh = 0 if carried is None else carried.energy_wh
+    return Made(height, device, carrier, start_s, carried_wh, tuple(held), tuple(given))
