@@ -26,7 +26,9 @@ def test_it_is_the_same_after_the_wire_and_follows_the_schema() -> None:
     assert decode_made(MADE.to_bytes()) == MADE
 
 
-@pytest.mark.parametrize("place, wrong", [(0, -1), (1, "Roof"), (2, 99), (4, "x"), (4, 2**53), (5, [[0, 1]]), (6, [1])])
+@pytest.mark.parametrize(
+    ("place", "wrong"), [(0, -1), (1, "Roof"), (2, 99), (4, "x"), (4, 2**53), (5, [[0, 1]]), (6, [1])]
+)
 def test_what_is_no_answer_is_refused(place: int, wrong: object) -> None:
     items = cbor.decode(MADE.to_bytes(), "made", 1_024)
     items[place] = wrong
