@@ -160,6 +160,9 @@ class Books:
 class World:
     """A plan, a seed and a folder; `run` lets it happen."""
 
+    link_type: type[SimulatedLink] = SimulatedLink
+    """What brokers get for an MQTT link."""
+
     def __init__(
         self,
         plan: Plan,
@@ -439,7 +442,7 @@ class World:
         def open_link(
             config: MqttConfig, client_id: str, subscriptions: list[tuple[str, int]], *, will: tuple[str, bytes]
         ) -> SimulatedLink:
-            link = SimulatedLink(client_id, subscriptions, lambda what: self._moment(process, what), self.random)
+            link = self.link_type(client_id, subscriptions, lambda what: self._moment(process, what), self.random)
             process.link = link
             return link
 
