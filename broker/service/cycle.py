@@ -318,7 +318,8 @@ class Cycle:
 
     def tell(self, row: MessageRow) -> None:
         """Send the meter what its demand has now."""
-        self._send_delivery(*self._sealed(self.delivery_for(row)))
+        # QoS 1: an agent that has its delivery does not ask again, and would never hear that it has changed.
+        self._send_delivery(*self._sealed(self.delivery_for(row)), qos=1)
 
     def is_closed(self, start_s: int) -> bool:
         return self.current is not None and start_s < self.current.start_s
@@ -686,9 +687,9 @@ class Cycle:
         """The meter, and the message for it."""
         return delivery.meter, self._identity.seal(delivery)
 
-    def _send_delivery(self, meter: str, delivery: bytes) -> None:
+    def _send_delivery(self, meter: str, delivery: bytes, qos: int = 0) -> None:
         # QoS 0: an agent that misses it sends its demand again and gets the same answer.
-        self._outputs.publish(self._topics.meter(self._identity.name, meter, "delivery"), delivery, qos=0)
+        self._outputs.publish(self._topics.meter(self._identity.name, meter, "delivery"), delivery, qos=qos)
 
 
 def delivery_message(
