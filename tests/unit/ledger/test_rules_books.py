@@ -176,6 +176,14 @@ def test_the_only_validator_may_get_another_power_and_one_that_goes_need_not_nam
     assert [validator.name for validator in validators_now(world.state, CHARTER).validators] == ["node"]
 
 
+def test_a_change_of_validators_is_kept_as_the_registrars_signed_it() -> None:
+    world = World.set_up()
+    changes = [set_validator("n2", 1), set_validator("n3", 1, 2)]
+    world.apply(*changes)
+    kept = [world.get(state.VALIDATOR_CHANGES, sequence).statements for sequence in (1, 2)]
+    assert kept == [change.statements for change in changes]
+
+
 def test_half_of_the_registrars_is_not_more_than_half() -> None:
     two = tuple(NamedKey(name, key(name).public.cose_key) for name in ("registrar", "other"))
     charter = charter_of(genesis(registrars=two))
