@@ -681,7 +681,8 @@ class Broker:
 
         Our own registration goes first and alone: of an unknown sender the ledger looks into small batches only.
         """
-        if not self._statements_waiting:
+        # Until market time is known nobody can say until when a batch is good, and an expired one is refused for good.
+        if not self._statements_waiting or self.market_time_s is None:
             return
         self._statements_waiting = False
         under_way = {
@@ -691,7 +692,7 @@ class Broker:
             for operation in _operations_of(batch.raw)
         }
         rows = [row for row in self._store.statements(WorkState.WAITING) if row.raw not in under_way]
-        far_s = (self.market_time_s or 0) + 365 * 86_400
+        far_s = self.market_time_s + 365 * 86_400
         for ours in (True, False):
             ranked = sorted((row for row in rows if self._is_own_registration(row) is ours), key=_statement_rank)
             operations = [encode_operation(_statement_operation(row)) for row in ranked]

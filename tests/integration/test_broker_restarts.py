@@ -101,6 +101,16 @@ def test_a_device_is_taken_on_while_the_broker_runs(desk: BrokerDesk) -> None:
     assert {row["state"] for row in desk.table("west", "batches")} == {"committed"}
 
 
+def test_a_device_is_taken_on_while_the_broker_is_away(desk: BrokerDesk) -> None:
+    """Its statements wait until the broker knows market time again, or the ledger would refuse them as expired."""
+    desk.tick(T0 + INTERVAL_S + PLAN.gate_2_s)
+    desk.brokers["west"].stop()
+    desk.take_on("weir", "pia", "west", "hydro")
+    desk.brokers["west"].start()
+    desk.tick(T0 + INTERVAL_S + PLAN.gate_2_s + 1)
+    assert {row["state"] for row in desk.table("west", "submissions")} == {"committed"}
+
+
 def test_the_retained_status_says_whether_a_broker_is_there(desk: BrokerDesk) -> None:
     topic = desk.topics.broker_status("west")
 
