@@ -277,6 +277,14 @@ class MarketPlace:
         self.brokers[name] = Broker(name, self, process, line)
         return self.brokers[name]
 
+    def take_in_stranger(self, name: str, command: Sequence[str]) -> Broker:
+        """Somebody else's program takes part as the broker `name`."""
+        line = Line(self.server.port)
+        self._lines.append(line)
+        process = self._processes.add(ManagedProcess(name, command, self.folder / f"{name}.log")).start()
+        self.brokers[name] = Broker(name, self, process, line)
+        return self.brokers[name]
+
     def close_brokers(self, *names: str) -> None:
         """These end, and time goes on without them."""
         for name in names:
