@@ -289,6 +289,7 @@ def test_4_done_that_is_not_true_moves_nothing(trade: Trade) -> None:
     trade.west.line.lose_nothing()
     trade.market.settle()
 
+    assert [row["state"] for row in trade.east.rows_now("orders")] == ["void"]
     trade.is_called_off()
     assert trade.market.holder_of("mill") == {"west": 900}
 
