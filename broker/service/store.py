@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 from broker.protocol import cbor
 from broker.protocol.messages import MessageType
 
-SCHEMA_VERSION: Final = 6
+SCHEMA_VERSION: Final = 5
 
 _SCHEMA: Final = """
 CREATE TABLE consumer (
@@ -80,20 +80,16 @@ CREATE INDEX batch_waiting ON batch (state) WHERE state = 0;
 CREATE TABLE order_out (
     order_id BLOB PRIMARY KEY, start_s INTEGER NOT NULL, neighbour TEXT NOT NULL, source INTEGER NOT NULL,
     energy_wh INTEGER NOT NULL, raw BLOB NOT NULL, state TEXT NOT NULL, seen_wh INTEGER NOT NULL,
-    answered_wh INTEGER, answer_status INTEGER, round INTEGER, parent_requester TEXT, parent BLOB, reason TEXT
+    answered_wh INTEGER, reason TEXT
 ) WITHOUT ROWID;
 CREATE INDEX order_out_interval ON order_out (start_s);
-CREATE INDEX order_out_open ON order_out (start_s) WHERE state IN ('asked', 'passed_on', 'coming');
-CREATE INDEX order_out_parent ON order_out (parent) WHERE parent IS NOT NULL;
+CREATE INDEX order_out_open ON order_out (start_s) WHERE state = 'asked';
 CREATE TABLE order_in (
     requester TEXT NOT NULL, order_id BLOB NOT NULL, start_s INTEGER NOT NULL, source INTEGER NOT NULL,
     energy_wh INTEGER NOT NULL, highest_price INTEGER NOT NULL, raw BLOB NOT NULL, state TEXT NOT NULL,
-    granted_wh INTEGER NOT NULL, answer BLOB, round INTEGER, path_length INTEGER NOT NULL,
-    PRIMARY KEY (requester, order_id)
+    granted_wh INTEGER NOT NULL, answer BLOB, PRIMARY KEY (requester, order_id)
 ) WITHOUT ROWID;
 CREATE INDEX order_in_interval ON order_in (start_s);
-CREATE INDEX order_in_state ON order_in (start_s) WHERE state IN ('received', 'passed_on');
-CREATE TABLE partner (name TEXT PRIMARY KEY, record BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE transfer (
     number INTEGER PRIMARY KEY, flow INTEGER NOT NULL, party TEXT NOT NULL, device TEXT NOT NULL,
     asset_start_s INTEGER NOT NULL, asset_revision INTEGER NOT NULL, from_wh INTEGER NOT NULL, to_wh INTEGER NOT NULL,
@@ -150,7 +146,6 @@ class BatchKind(IntEnum):
     CORRECT_DEMAND = 5
     CORRECT = 6
     TAKE_OVER = 7
-    VOID = 8
 
 
 class Standing(IntEnum):
@@ -278,9 +273,8 @@ class BatchRow:
     reason: str | None = None
 
 
-class OrderOutRow(NamedTuple):
-    """An order to a neighbour. `round_number` is None outside the rounds; an order that is passed on has a parent."""
-
+@dataclass(frozen=True, slots=True)
+class OrderOutRow:
     order_id: bytes
     start_s: int
     neighbour: str
@@ -290,13 +284,10 @@ class OrderOutRow(NamedTuple):
     state: str
     seen_wh: int
     answered_wh: int | None
-    answer_status: int | None
-    round_number: int | None
-    parent_requester: str | None
-    parent: bytes | None
 
 
-class OrderInRow(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class OrderInRow:
     """A neighbour's order. Ids are the requester's own, so they identify only together with its name."""
 
     requester: str
@@ -309,8 +300,6 @@ class OrderInRow(NamedTuple):
     state: str
     granted_wh: int
     answer: bytes | None
-    round_number: int | None
-    path_length: int
 
 
 class TransferRow(NamedTuple):
@@ -865,40 +854,44 @@ class BrokerStore:
     # Orders
 
     def add_order_out(self, row: OrderOutRow) -> None:
-        self._db.execute("INSERT INTO order_out VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)", row)
+        self._db.execute(
+            "INSERT INTO order_out VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
+            (
+                row.order_id,
+                row.start_s,
+                row.neighbour,
+                row.source,
+                row.energy_wh,
+                row.raw,
+                row.state,
+                row.seen_wh,
+                row.answered_wh,
+            ),
+        )
 
     def order_out(self, order_id: bytes) -> OrderOutRow | None:
         row = self._db.execute("SELECT * FROM order_out WHERE order_id = ?", (order_id,)).fetchone()
-        return OrderOutRow(*row[:13]) if row else None
+        return OrderOutRow(*row[:9]) if row else None
 
     def orders_out(self, start_s: int) -> list[OrderOutRow]:
         rows = self._db.execute("SELECT * FROM order_out WHERE start_s = ? ORDER BY order_id", (start_s,))
-        return [OrderOutRow(*row[:13]) for row in rows]
-
-    def orders_out_for(self, requester: str, order_id: bytes) -> list[OrderOutRow]:
-        """The orders that pass on that order of a neighbour."""
-        rows = self._db.execute(
-            "SELECT * FROM order_out WHERE parent = ? AND parent_requester = ? ORDER BY order_id", (order_id, requester)
-        )
-        return [OrderOutRow(*row[:13]) for row in rows]
+        return [OrderOutRow(*row[:9]) for row in rows]
 
     def all_orders_out(self) -> Iterator[OrderOutRow]:
         rows = self._db.execute("SELECT * FROM order_out ORDER BY start_s, neighbour, source, order_id")
-        return (OrderOutRow(*row[:13]) for row in rows)
+        return (OrderOutRow(*row[:9]) for row in rows)
 
     def open_orders_out(self) -> list[OrderOutRow]:
         """Orders that may still be served, oldest interval first."""
-        rows = self._db.execute(
-            "SELECT * FROM order_out WHERE state IN ('asked', 'passed_on', 'coming') ORDER BY start_s, order_id"
-        )
-        return [OrderOutRow(*row[:13]) for row in rows]
+        rows = self._db.execute("SELECT * FROM order_out WHERE state = 'asked' ORDER BY start_s, order_id")
+        return [OrderOutRow(*row[:9]) for row in rows]
 
-    def set_order_out(self, row: OrderOutRow, reason: str | None) -> None:
-        """Note an order's state, what was seen under it and what was answered."""
+    def set_order_out(
+        self, order_id: bytes, state: str, seen_wh: int, answered_wh: int | None, reason: str | None
+    ) -> None:
         self._db.execute(
-            "UPDATE order_out SET state = ?, seen_wh = ?, answered_wh = ?, answer_status = ?, reason = ?"
-            " WHERE order_id = ?",
-            (row.state, row.seen_wh, row.answered_wh, row.answer_status, reason, row.order_id),
+            "UPDATE order_out SET state = ?, seen_wh = ?, answered_wh = ?, reason = ? WHERE order_id = ?",
+            (state, seen_wh, answered_wh, reason, order_id),
         )
 
     def all_orders_in(self) -> Iterator[OrderInRow]:
@@ -906,7 +899,21 @@ class BrokerStore:
         return (OrderInRow(*row) for row in rows)
 
     def add_order_in(self, row: OrderInRow) -> None:
-        self._db.execute("INSERT INTO order_in VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+        self._db.execute(
+            "INSERT INTO order_in VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                row.requester,
+                row.order_id,
+                row.start_s,
+                row.source,
+                row.energy_wh,
+                row.highest_price,
+                row.raw,
+                row.state,
+                row.granted_wh,
+                row.answer,
+            ),
+        )
 
     def order_in(self, requester: str, order_id: bytes) -> OrderInRow | None:
         row = self._db.execute(
@@ -920,25 +927,15 @@ class BrokerStore:
 
     def orders_in_state(self, state: str) -> list[OrderInRow]:
         rows = self._db.execute(
-            "SELECT * FROM order_in WHERE state = ? AND state IN ('received', 'passed_on')"
-            " ORDER BY start_s, requester, order_id",
-            (state,),
+            "SELECT * FROM order_in WHERE state = ? ORDER BY start_s, requester, order_id", (state,)
         )
         return [OrderInRow(*row) for row in rows]
 
-    def set_order_in(self, row: OrderInRow) -> None:
-        """Note an order's state, what it was granted, and the last answer."""
+    def set_order_in(self, requester: str, order_id: bytes, state: str, granted_wh: int, answer: bytes | None) -> None:
         self._db.execute(
             "UPDATE order_in SET state = ?, granted_wh = ?, answer = ? WHERE requester = ? AND order_id = ?",
-            (row.state, row.granted_wh, row.answer, row.requester, row.order_id),
+            (state, granted_wh, answer, requester, order_id),
         )
-
-    def partner_records(self) -> dict[str, bytes]:
-        """What is remembered of each neighbour (`broker.market.partners`)."""
-        return dict(self._db.execute("SELECT name, record FROM partner ORDER BY name").fetchall())
-
-    def set_partner_record(self, name: str, record: bytes) -> None:
-        self._db.execute("INSERT OR REPLACE INTO partner VALUES (?, ?)", (name, record))
 
     # Transfers, and what was paid
 
