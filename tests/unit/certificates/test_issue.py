@@ -209,7 +209,12 @@ def test_what_is_not_closed_yet_is_not_certified(served: Broker) -> None:
 
 
 def test_a_demand_that_came_after_the_close_waits_for_the_next_close(served: Broker) -> None:
-    served.demand(T0 + INTERVAL_S, 60, revision=1)
+    raw = demand_of(T0 + INTERVAL_S, 60, 0)
+    served.store.begin()
+    served.store.add_message(
+        T0 + INTERVAL_S, "late-house", MessageType.DEMAND, 0, b"l" * 32, raw, 60, b"l" * 16, b"c" * 32
+    )
+    served.store.commit()
     with pytest.raises(CertificateError, match="does not count all its demands"):
         served.certificate()
     served.commit(served.close_of(T0 + INTERVAL_S, revision=1))

@@ -188,7 +188,6 @@ REFUSALS = {
         *("demand", "home", "no market interval"),
     ),
     "an interval of another length": (signed(demand(start_s=T0 - INTERVAL_S)), "demand", "home", "take 1800 s"),
-    "a correction of a reading": (signed(reading(revision=1)), "reading", "roof", "send revision 0"),
     "a missing interval with energy": (signed(demand(quality=Quality.MISSING)), "demand", "home", "carries no energy"),
     "a demand from before the contract": (
         signed(demand(start_s=T0 - 20 * INTERVAL_S, end_s=T0 - 19 * INTERVAL_S)),
