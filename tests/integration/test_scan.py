@@ -2,9 +2,9 @@
 
 import json
 import os
+import signal
 import sys
 import threading
-import time
 import tty
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dengen_testing.waiting import wait_until
 from dengen_testing.wire.faults import Fault
 from dengen_testing.wire.modbus import READ_HOLDING_REGISTERS, READ_INPUT_REGISTERS, Block, RegisterImage
 from dengen_testing.wire.registers import MeterState, abb_b23, iem3000, sdm120, sdm630, sunspec_inverter
@@ -338,13 +339,14 @@ def test_ctrl_c_shows_what_was_found_so_far(start_bus: Callable[..., Any], capsy
     bus.meters[2] = sdm630(STATE)
 
     def interrupt() -> None:
-        while 2 not in bus.asked:
-            time.sleep(0.01)
-        os.kill(os.getpid(), 2)
+        wait_until(lambda: 2 in bus.asked, "device 2 to be asked", limit_s=20)
+        os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt, daemon=True).start()
+    interrupting = threading.Thread(target=interrupt, daemon=True)
+    interrupting.start()
     options = ("--host", "127.0.0.1", "--port", bus.port, "--ids", "1,2", "--timeout", 30)
     code, found, err = scan(capsys, *options)
+    interrupting.join()
     assert code == 0
     assert [meter["device_ids"] for meter in found] == [[1]]
     assert "stopped; this was found so far" in err
