@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import tty
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
