@@ -12,6 +12,7 @@ that messages wait in the journal. Only a journal that cannot be written ends th
 forgotten must not be sent.
 """
 
+import contextlib
 import logging
 import queue
 import random
@@ -150,28 +151,16 @@ class Results:
     def __init__(self, link: MqttLink) -> None:
         self._queue: queue.Queue[tuple[str, Sample | ReadFailure]] = queue.Queue(MAX_QUEUED_SAMPLES)
         self._link = link
-        # Re-entrant, because a signal handler may call `wake` while its own thread is in `close`.
-        self._lock = threading.RLock()
-        self._closed = False
 
     def put(self, meter: str, result: Sample | ReadFailure) -> None:
-        """From a reader thread. Dropped if there is no room, or nobody listens any more."""
-        with self._lock:
-            if self._closed or self._queue.full():
-                return
+        """From a reader thread. Dropped if there is no room."""
+        with contextlib.suppress(queue.Full):
             self._queue.put_nowait((meter, result))
             self._link.wake()
 
     def wake(self) -> None:
         """Make the loop look around."""
-        with self._lock:
-            if not self._closed:
-                self._link.wake()
-
-    def close(self) -> None:
-        """From here on the link is not woken any more."""
-        with self._lock:
-            self._closed = True
+        self._link.wake()
 
     def take(self) -> list[tuple[str, Sample | ReadFailure]]:
         """Everything that has come so far, oldest first."""
@@ -313,7 +302,6 @@ class Agent:
         self._stopping.set()
         if self._status_socket is not None:
             self._status_socket.close()
-        self._results.close()
         if self._home is not None:
             self._home.close()
         for meter in self._meters.values():

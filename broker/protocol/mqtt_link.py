@@ -17,6 +17,7 @@ import random
 import select
 import socket
 import ssl
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -109,6 +110,9 @@ class MqttLink:
         self._last_failure = ""
         self.connected = False
         self.connections = 0
+        # Re-entrant, because a signal handler may call `wake` while its own thread is in `wake` or `close`.
+        self._wake_lock = threading.RLock()
+        self._closed = False
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
@@ -165,9 +169,10 @@ class MqttLink:
             self._client.loop_write()
 
     def wake(self) -> None:
-        """Make a `poll` in another thread return."""
-        with contextlib.suppress(BlockingIOError):
-            os.write(self._wake_write, b"\0")
+        """Make a `poll` return. From any thread or a signal handler, also after `close`: then nobody waits any more."""
+        with self._wake_lock, contextlib.suppress(BlockingIOError):
+            if not self._closed:
+                os.write(self._wake_write, b"\0")
 
     def close(self) -> None:
         """Send what is queued, disconnect properly (the will is not published) and free everything."""
@@ -181,8 +186,11 @@ class MqttLink:
                     continue
                 self.flush()
             self._drop_client()
-        os.close(self._wake_read)
-        os.close(self._wake_write)
+        with self._wake_lock:
+            # Before the descriptors are closed, because their numbers go to the next files that are opened.
+            self._closed = True
+            os.close(self._wake_read)
+            os.close(self._wake_write)
 
     def _keep_up(self) -> None:
         now_s = time.monotonic()

@@ -53,6 +53,8 @@ GARBAGE_THRESHOLDS: Final = (50_000, 20, 50)
 tenth of the broker's time goes into looking at them all the same.
 """
 
+_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+
 
 def run_broker(config: BrokerConfig) -> int:
     """Run until SIGTERM or SIGINT; returns the exit code."""
@@ -67,13 +69,16 @@ def run_broker(config: BrokerConfig) -> int:
             stopping.append(number)
             service.wake()
 
-        signal.signal(signal.SIGTERM, stop)
-        signal.signal(signal.SIGINT, stop)
+        for number in _STOP_SIGNALS:
+            signal.signal(number, stop)
         LOG.info("broker %s runs on ledger %s", config.broker.name, genesis.ledger)
         gc.freeze()  # What is there by now stays, so it need not be looked at again.
         gc.set_threshold(*GARBAGE_THRESHOLDS)
         while not stopping:
             service.turn()
+        # Asked once is enough: a second word must not break off the end, nor change how it is reported.
+        for number in _STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
         service.say_goodbye()
     return 0
 

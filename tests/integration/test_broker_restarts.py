@@ -1,5 +1,7 @@
 """Brokers and the MQTT server that are killed and started again; registrations while a broker runs."""
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +10,7 @@ from dengen_testing.listener import Listener
 from dengen_testing.market import energy_broker
 from dengen_testing.mosquitto import Mosquitto
 from dengen_testing.processes import ProcessGroup
+from dengen_testing.waiting import wait_until
 from support.broker_desk import INTERVAL_S, PLAN, T0, BrokerDesk, totals
 
 from broker.protocol.envelope import parse
@@ -22,6 +25,10 @@ def desk(
 ) -> BrokerDesk:
     listener = start_listener(mosquitto.mqtt_config(), ["dengen/v1/#"])
     return BrokerDesk(tmp_path / "market", mosquitto, listener, processes)
+
+
+def online(status: bytes) -> bool:
+    return BrokerStatus.from_payload(parse(status).payload).online
 
 
 def report_all(desk: BrokerDesk, index: int = 0) -> None:
@@ -71,6 +78,25 @@ def test_a_killed_server_is_found_again_and_nothing_is_missing(desk: BrokerDesk,
     check_books(desk, 2)
 
 
+def test_a_broker_that_is_told_again_and_again_to_stop_ends_once_and_well(desk: BrokerDesk) -> None:
+    process, topic = desk.brokers["east"], desk.topics.broker_status("east")
+
+    def told_until_it_ends() -> bool:
+        if process.pid is not None:
+            os.kill(process.pid, signal.SIGTERM)
+        return not process.running
+
+    desk.wait_for(lambda message: message.topic == topic and online(message.payload), "east to be there")
+    for _ in range(3):
+        since = len(desk.listener.messages)
+        wait_until(told_until_it_ends, "the broker to end", detail=process.log_tail)
+        assert process.exit_code == 0, process.log_tail()
+        desk.wait_for(lambda message: message.topic == topic and not online(message.payload), "east to be away", since)
+        since = len(desk.listener.messages)
+        process.start()
+        desk.wait_for(lambda message: message.topic == topic and online(message.payload), "east to be back", since)
+
+
 def test_a_consumer_is_added_while_the_broker_runs(desk: BrokerDesk) -> None:
     desk.tick(T0 + INTERVAL_S + 10)
     public = energy_broker("key", "new", desk.workspace.key("cleo")).strip()
@@ -113,9 +139,6 @@ def test_a_device_is_taken_on_while_the_broker_is_away(desk: BrokerDesk) -> None
 
 def test_the_retained_status_says_whether_a_broker_is_there(desk: BrokerDesk) -> None:
     topic = desk.topics.broker_status("west")
-
-    def online(message_payload: bytes) -> bool:
-        return BrokerStatus.from_payload(parse(message_payload).payload).online
 
     desk.wait_for(lambda message: message.topic == topic and online(message.payload), "west to be there")
     for end in (desk.brokers["west"].kill, desk.brokers["west"].stop):

@@ -159,6 +159,17 @@ def test_wake_ends_a_wait(mosquitto: Mosquitto, open_link: OpenLink) -> None:
     waker.join()
 
 
+def test_a_wake_after_the_end_writes_into_nobody_elses_file(tmp_path: Path) -> None:
+    link = MqttLink(MqttConfig(), "link", [])
+    link.close()
+    # The descriptors that the link has let go of are the next to be given out.
+    files = [(tmp_path / str(number)).open("wb") for number in range(4)]
+    link.wake()
+    for file in files:
+        file.close()
+    assert [(tmp_path / str(number)).read_bytes() for number in range(4)] == [b""] * 4
+
+
 def test_the_largest_page_of_the_ledger_passes(mosquitto: Mosquitto, open_link: OpenLink) -> None:
     link = open_link(mosquitto.mqtt_config(), "link", "a")
     payload = bytes(2 * MAX_BLOCK_BYTES)
