@@ -317,7 +317,7 @@ class Author:
         ]
         if fitting and not self.one_in(3):
             return self.pick(fitting)
-        path = (buyer, seller) if not self.one_in(4) else (self.pick(BROKERS), buyer, seller)
+        path = self._path(model, buyer, seller)
         energy_wh = part.to_wh - part.from_wh + self._choices.number(0, 6)
         not_after_s = start_s + INTERVAL_S * self.pick((1, 2, 3)) + 600
         order_id = self.pick(ORDER_IDS)
@@ -325,6 +325,16 @@ class Author:
         signed = self._by_party(model, said, buyer)
         self._orders.append(signed)
         return signed
+
+    def _path(self, model: Model, buyer: str, seller: str) -> tuple[str, ...]:
+        """What the buyer asks the seller for itself, or for somebody before it."""
+        if not self.one_in(4):
+            return (buyer, seller)
+        fitting = [name for name in BROKERS if model.is_broker(name) and name not in (buyer, seller)]
+        if fitting and not self.one_in(3):
+            return (self.pick(fitting), buyer, seller)
+        other = self.pick(BROKERS + PROVIDERS)
+        return (other, buyer, seller) if not self.one_in(3) else (buyer, other, seller)
 
     def _hand_over(self, model: Model, by: str | None) -> Any:
         """Without an order, to whoever it may be."""

@@ -655,10 +655,16 @@ class Model:
             return
         for fault in self.unsigned(signed, MessageType.REGISTRATION, said.start_s):
             yield "order_statement" if fault == "statement" else fault
-        if signed.sender != said.requester or said.requester != move.receiver or said.path[-2] != said.requester:
+        if signed.sender != said.requester or said.requester != move.receiver:
             yield "order_requester"
         if said.path[-1] != move.sender:
             yield "order_supplier"
+        if said.path[-2] != said.requester:
+            yield "order_path"
+        if len(said.path) > len(frozenset(said.path)):
+            yield "order_loop"
+        if not all(self.is_broker(name) for name in said.path[:-1]):
+            yield "order_broker"
         device = self.admissions.get(move.asset.device)
         if device is None or said.source != self.device(move.asset.device).source:
             yield "order_source"

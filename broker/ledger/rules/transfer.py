@@ -78,9 +78,7 @@ def _use_order(step: Step, operation: Transfer, source: int) -> None:
     # Only the receiver itself can ask on its behalf.
     if opened.sender != receiver or order.requester != receiver:
         raise Refused(Fault.ORDER_REQUESTER, f"the order is of {order.requester}, not of {receiver}")
-    # An order is firm towards one supplier: the last broker of its path.
-    if order.path[-1] != step.submitter:
-        raise Refused(Fault.ORDER_SUPPLIER, f"the order asks {order.path[-1]}, not {step.submitter}")
+    _require_path(step, order)
     # Source, interval and price are what was asked for.
     if order.source != source:
         raise Refused(Fault.ORDER_SOURCE, f"the order asks for {order.source.label}")
@@ -107,6 +105,28 @@ def _use_order(step: Step, operation: Transfer, source: int) -> None:
     if used_wh > order.energy_wh:
         raise Refused(Fault.ORDER_EXCEEDED, f"{used_wh} Wh exceed the order's {order.energy_wh} Wh")
     overlay.put(key, OrderRow(opened.message_id, used_wh, False))
+
+
+def _require_path(step: Step, order: Order) -> None:
+    """Check the brokers that the order has come through. How many they may be, its form says: two or three."""
+    # An order is firm towards one supplier: the last broker of its path.
+    if order.path[-1] != step.submitter:
+        raise Refused(Fault.ORDER_SUPPLIER, f"the order asks {order.path[-1]}, not {step.submitter}")
+    # Passing on is an order of its own: whoever signed it is who the supplier deals with, and stands just before it.
+    if order.path[-2] != order.requester:
+        raise Refused(
+            Fault.ORDER_PATH,
+            f"the path ends with {order.path[-2]} asking {step.submitter}, but the order is of {order.requester};"
+            " whoever passes an order on signs one of its own",
+        )
+    # Energy that comes back to who asked for it would count as trade twice and serve nobody.
+    if len(set(order.path)) != len(order.path):
+        raise Refused(Fault.ORDER_LOOP, f"a broker stands twice in the path {' → '.join(order.path)}; ask another one")
+    # Who passes an order on says for whom, and no invented name may stand there. In a path of two this is the requester
+    # itself, a broker since it receives. The supplier need be none: a provider may sell what it owns to a broker.
+    first: PartyRow | None = step.overlay.get((PARTY, order.path[0]))
+    if first is None or first.role != Role.BROKER:
+        raise Refused(Fault.ORDER_BROKER, f"{order.path[0]}, first in the order's path, is not registered as a broker")
 
 
 def void(step: Step, operation: Void) -> None:

@@ -144,6 +144,33 @@ def test_an_order_for_an_interval_is_served_in_parts() -> None:
     assert world.get(rows.ORDER, "b2", b"o" * 16).used_wh == 500
 
 
+def test_energy_goes_back_along_the_path_of_an_order_that_was_passed_on() -> None:
+    """b3 asks b2, which passes that on to b1: two orders, two transfers, each signed by who receives."""
+    world = World.set_up()
+    world.apply(register("b3"), by="b3")
+    world.apply(issue("solar-1", 300), take("solar-1", 0, 300))
+    passed_on = seal(order(path=("b3", "b2", "b1")), "b2")
+    asked = seal(order(order_id=b"p" * 16, requester="b3", path=("b3", "b2")), "b3")
+    with pytest.raises(RuleViolation) as caught:
+        world.apply(sell("solar-1", 0, 300, asked, receiver="b3"))
+    assert caught.value.code is Fault.ORDER_SUPPLIER, "b3 asked b2, and b1 cannot serve that past b2"
+    world.apply(sell("solar-1", 0, 300, passed_on))
+    world.apply(Transfer(asset("solar-1"), 0, 300, "b2", "b3", 130, asked), by="b2")
+    assert held(world) == (Held(0, 300, "b3"),)
+
+
+@pytest.mark.parametrize("path", [("b1",), ("b4", "b3", "b2", "b1")])
+def test_an_order_names_two_brokers_or_three(path: tuple[str, ...]) -> None:
+    world = World.set_up()
+    world.apply(register("b3"), by="b3")
+    world.apply(register("b4"), by="b4")
+    world.apply(issue("solar-1", 300), take("solar-1", 0, 300))
+    with pytest.raises(RuleViolation) as caught:
+        world.apply(sell("solar-1", 0, 300, seal(order(path=path), "b2")))
+    assert caught.value.code is Fault.ORDER_STATEMENT
+    assert "path" in caught.value.reason
+
+
 @pytest.mark.parametrize(
     ("window", "asset_start_s", "fits"),
     [
