@@ -141,7 +141,7 @@ class Journal:
                     self._db.execute(statement)
                 self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         elif version != SCHEMA_VERSION:
-            raise JournalError(self.path, f"has schema {version}, this agent knows {SCHEMA_VERSION}; update the agent")
+            raise JournalError(self.path, _other_schema(version))
 
     @contextlib.contextmanager
     def _errors_named(self) -> Iterator[None]:
@@ -311,8 +311,12 @@ class JournalView:
         try:
             self._db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
             self._db.execute("SELECT 1 FROM meter LIMIT 1")
+            (version,) = self._db.execute("PRAGMA user_version").fetchone()
         except sqlite3.Error as error:
             raise JournalError(path, f"{error}; has the agent run with this `data_dir` yet?") from error
+        if version != SCHEMA_VERSION:
+            self._db.close()
+            raise JournalError(path, _other_schema(version))
 
     def close(self) -> None:
         """Close the file."""
@@ -378,3 +382,10 @@ def _row(meter: str, state: MeterState) -> tuple[str | int | None, ...]:
     )
     counters = (anchor.time_us, anchor.raw_mwh, anchor.total_mwh, anchor.serial_number)
     return (meter, *counters, *base, state.unassigned_wh)
+
+
+def _other_schema(version: int) -> str:
+    return (
+        f"is of schema {version}, written by another version of the agent, and this one works with schema"
+        f" {SCHEMA_VERSION}; run the version that wrote it, because intervals that are not sent yet stand in it"
+    )

@@ -10,7 +10,7 @@ from typing import Final
 from broker.ledger.chain import Head, block_id_of, first_head
 from broker.ledger.merkle import node_position
 from broker.ledger.opening import charter_of
-from broker.ledger.store import FILE_NAME, FORMAT, LOCK_NAME, SEALERS, LedgerError, Store
+from broker.ledger.store import FILE_NAME, FORMAT, LOCK_NAME, SEALERS, LedgerError, Store, other_format
 from broker.ledger.validator_set import signers_ever
 from broker.ledger.wal import log_fault
 from broker.protocol import cbor, envelope
@@ -80,7 +80,7 @@ def checked_head(
     `verify_ledger` checks all.
     """
     if store.meta("format") != bytes((FORMAT,)):
-        raise LedgerError(path, f"not of format {FORMAT}; it was made by another version of this program")
+        raise LedgerError(path, other_format(store.meta("format")))
     if store.meta("genesis") != genesis.to_bytes():
         raise LedgerError(path, f"founded on another genesis than the given one of {genesis.ledger}; check the path")
     try:

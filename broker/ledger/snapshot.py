@@ -143,7 +143,10 @@ class Manifest:
         try:
             data = cbor.decode(raw, "snapshot manifest", MAX_MANIFEST_BYTES)
             if type(data) is not list or not data or data[0] != FORMAT:
-                raise SnapshotFault("it is no snapshot, or one of another version of this program")
+                raise SnapshotFault(
+                    f"it is no snapshot of format {FORMAT}, which alone this program reads; make it anew with"
+                    " `energy-broker ledger snapshot` of this version"
+                )
             _, genesis, head, digest, rows, batches, chunks = _MANIFEST.decode(data, "snapshot manifest")
             return cls(
                 Genesis.from_bytes(genesis),

@@ -56,6 +56,15 @@ class LedgerError(Exception):
         self.reason = reason
 
 
+def other_format(written: bytes | None) -> str:
+    """Why a ledger whose row `format` holds `written` is not used, and what to do."""
+    found = "no format that is known here" if written is None or len(written) != 1 else f"format {written[0]}"
+    return (
+        f"it has {found}, and this program reads format {FORMAT} only; use the version of the program that wrote it,"
+        " or a copy in this format"
+    )
+
+
 class Store:
     """One open ledger file. Reads go through a bounded cache, which only ever holds committed rows."""
 
@@ -84,8 +93,19 @@ class Store:
 
     @classmethod
     def open_read_only(cls, file: Path) -> "Store":
-        """Open a ledger file for reading, also while an engine writes it. Raises sqlite3.Error."""
-        return cls(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None))
+        """Open a ledger file for reading, also while an engine writes it. Raises sqlite3.Error.
+
+        Raises LedgerError if another version of this program wrote it, before anything is taken for damage.
+        """
+        store = cls(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None))
+        try:
+            written = store.meta("format") if store.has_schema() else None
+            if written is not None and len(written) == 1 and written[0] != FORMAT:
+                raise LedgerError(file.parent, other_format(written))
+        except BaseException:
+            store.close()
+            raise
+        return store
 
     def close(self) -> None:
         self._db.close()

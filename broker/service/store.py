@@ -362,7 +362,10 @@ class BrokerStore:
             raise StoreError(f"{path}: {error}; move the file away or restore it from a backup") from error
         if version not in (0, SCHEMA_VERSION):
             self._db.close()
-            raise StoreError(f"{path} has schema version {version}, this program needs {SCHEMA_VERSION}")
+            raise StoreError(
+                f"{path} is of schema {version}, written by another version of this program, and this one reads schema"
+                f" {SCHEMA_VERSION} only; run the version that wrote it, or give this one an empty data_dir"
+            )
         self._data_version = self._read_data_version()
 
     def close(self) -> None:

@@ -2,7 +2,9 @@
 
 import shutil
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.ledger_world import (
@@ -27,11 +29,14 @@ from support.ledger_world import (
 )
 
 from broker.ledger import inspect
+from broker.ledger.audit import audit_ledger
 from broker.ledger.chain import Head, block_id_of, genesis_hash
+from broker.ledger.compare import compare_ledgers
 from broker.ledger.embedded import EmbeddedLedger
 from broker.ledger.inspect import AssetLine, DemandLine
 from broker.ledger.operations import AssetId, Void
 from broker.ledger.receipts import sign_head
+from broker.ledger.snapshot import take_snapshot
 from broker.ledger.state import VALIDATORS, Held, encode_key
 from broker.ledger.store import FILE_NAME, LedgerError
 from broker.ledger.trust import issuer_of
@@ -163,6 +168,25 @@ def test_changed_rows_are_named(copied: Path, statement: str, complaint: str) ->
     report = verify_ledger(copied)
     assert not report.ok
     assert complaint in "\n".join(report.errors)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        verify_ledger,
+        inspect.genesis,
+        audit_ledger,
+        lambda path: compare_ledgers(path, path),
+        lambda path: take_snapshot(path, path / "snapshot"),
+    ],
+)
+def test_a_ledger_of_another_format_is_named_as_that_and_not_as_damaged(
+    copied: Path, read: Callable[[Path], Any]
+) -> None:
+    """Whatever reads it says the same sentence, with what to do."""
+    damage(copied, "UPDATE meta SET value = x'01' WHERE name = 'format'")
+    with pytest.raises(LedgerError, match=r"it has format 1, and this program reads format 2 only; use the version of"):
+        read(copied)
 
 
 def resealed(raw: bytes, **changes: object) -> bytes:

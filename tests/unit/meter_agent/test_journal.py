@@ -177,8 +177,10 @@ def test_a_journal_of_a_later_agent_is_refused(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / FILE_NAME) as database:
         database.execute("PRAGMA user_version = 99")
     database.close()
-    with pytest.raises(JournalError, match="schema 99"):
+    with pytest.raises(JournalError, match=r"is of schema 99, .* run the version that wrote it"):
         Journal(tmp_path, 10)
+    with pytest.raises(JournalError, match=r"is of schema 99, .* run the version that wrote it"):
+        JournalView(tmp_path)
 
 
 def test_a_journal_of_the_first_schema_is_carried_over(tmp_path: Path) -> None:

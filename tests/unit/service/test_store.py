@@ -7,6 +7,7 @@ import pytest
 
 from broker.protocol.messages import MessageType
 from broker.service.store import (
+    SCHEMA_VERSION,
     AccountRow,
     BatchKind,
     BatchRow,
@@ -58,12 +59,16 @@ def test_writes_are_synchronous(path: Path) -> None:
     assert store._db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
 
 
-def test_a_file_of_another_version_is_refused_and_left_alone(path: Path) -> None:
+@pytest.mark.parametrize("version", [SCHEMA_VERSION - 1, SCHEMA_VERSION + 1])
+def test_a_file_of_another_version_is_refused_and_left_alone(path: Path, version: int) -> None:
     BrokerStore(path).close()
-    with sqlite3.connect(path) as other:
-        other.execute("PRAGMA user_version=99")
-    with pytest.raises(StoreError, match="99"):
+    other = sqlite3.connect(path)
+    other.execute(f"PRAGMA user_version={version}")
+    other.close()
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match=rf"is of schema {version}, .* run the version that wrote it, or give"):
         BrokerStore(path)
+    assert path.read_bytes() == before
 
 
 def test_a_file_that_is_no_database_is_refused(path: Path) -> None:
