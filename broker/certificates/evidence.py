@@ -4,7 +4,7 @@ Issuer and verifier use the same functions. The issuer compares what they give w
 could not be told by parts is noticed before a certificate is signed; the verifier hashes them as leaves.
 """
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from broker.certificates.document import Given, SignedDemand, SignedReading
 from broker.ledger.operations import (
@@ -19,6 +19,10 @@ from broker.protocol import cbor
 from broker.protocol.envelope import assemble
 from broker.protocol.keys import PublicKey
 from broker.protocol.messages import Carrier, MessageType
+
+_ISSUE: Final = encode_operation(Issue(b""))[:-1]
+_CORRECT: Final = encode_operation(Correct(b""))[:-1]
+"""What stands before the statement in their bytes: a year has forty thousand of them to be written."""
 
 
 class MeterSignature(NamedTuple):
@@ -51,8 +55,10 @@ def reading_evidence(
         device, start_s, interval_s, reading.revision, reading.energy_wh, reading.quality, reading.sampled_s
     )
     raw, signed = assemble(MessageType.READING, key, ledger, device, payload, reading.signature)
-    operation = Correct(raw) if reading.revision else Issue(raw)
-    return encode_operation(operation), MeterSignature(key, reading.signature, signed, "reading", start_s)
+    head = _CORRECT if reading.revision else _ISSUE
+    return head + cbor.byte_string_head(len(raw)) + raw, MeterSignature(
+        key, reading.signature, signed, "reading", start_s
+    )
 
 
 def delivery_evidence(

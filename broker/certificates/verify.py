@@ -9,11 +9,11 @@ broker closed the last interval, with this consumer's demand counted; the sums a
 docs/certificates.md says what follows from that and what cannot be seen.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import pairwise
-from typing import NamedTuple, TypeVar
+from itertools import islice, pairwise
+from typing import Final, NamedTuple, TypeVar
 
 from broker.certificates.contents import Contents, Line, read_contents, totals_of, utc_text
 from broker.certificates.document import Certificate, CertifiedInterval, SealedCertificate, read_certificate
@@ -43,8 +43,11 @@ from broker.service.pseudonyms import commitment, day_of, interval_key, pseudony
 M = TypeVar("M", bound=Message)
 
 SignatureChecks = Callable[[Sequence[MeterSignature]], Callable[[], int | None]]
-"""Begins to check many signatures. What it returns waits for the end and gives the index of the first one that does not
-hold, None if all do."""
+"""Begins to check some signatures. What it returns waits for the end and gives the index of the first one that does not
+hold, None if all do. It is called for a share after the other, so that the first are under way early."""
+
+_SHARE: Final = 2_048
+"""Signatures that are begun together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,20 +120,21 @@ class _Verification:
         checkpoint, validator = self._checked_checkpoint(known)
         self._leaves = [(leaf, leaf_hash(operation)) for leaf, operation in certificate.operations]
         # Signatures are checked meanwhile, where there are processors for it.
-        readings = self._add_readings()
-        checking_readings = check_signatures(readings)
-        demands = self._add_intervals()
-        checking_demands = check_signatures(demands)
+        checking = [
+            (share, check_signatures(share))
+            for signatures in (self._add_readings(), self._add_intervals())
+            for share in _shares(signatures)
+        ]
         carried_wh = self._check_amounts()
         self._check_close()
         self._check_root(checkpoint)
         sources = [device.admission.source for device in contents.devices]
         if totals_of(contents.lines, sources, contents.demanded_wh, certificate.factors) != certificate.totals:
             raise ProofFailed("the sums that it states are not those of its lines")
-        for signatures, checking in ((readings, checking_readings), (demands, checking_demands)):
-            failed = checking()
+        for share, first_that_fails in checking:
+            failed = first_that_fails()
             if failed is not None:
-                what, at_s = signatures[failed][3:]
+                what, at_s = share[failed][3:]
                 raise ProofFailed(f"the meter did not sign the {what} of {utc_text(at_s)}")
         certificate_id = self._sealed.certificate_id(self._trust.ledger)
         return Verified(contents, certificate_id, checkpoint, validator, carried_wh)
@@ -227,9 +231,8 @@ class _Verification:
 
     # --- What was made and used
 
-    def _add_readings(self) -> list[MeterSignature]:
+    def _add_readings(self) -> Iterator[MeterSignature]:
         """Each reading is of an admitted device, within what that can make; its operation becomes a leaf."""
-        signatures = []
         certificate, ledger, interval_s = self._certificate, self._trust.ledger, self._interval_s
         for reading in certificate.issues:
             admission = self._contents.devices[reading.device].admission
@@ -248,12 +251,10 @@ class _Verification:
                 raise ProofFailed(f"{utc_text(start_s)}: this is nothing that {admission.device} can have made")
             operation, signature = reading_evidence(reading, admission.device, key, ledger, interval_s)
             self._leaves.append((reading.leaf, leaf_hash(operation)))
-            signatures.append(signature)
-        return signatures
+            yield signature
 
-    def _add_intervals(self) -> list[MeterSignature]:
+    def _add_intervals(self) -> Iterator[MeterSignature]:
         """Each interval is this meter's by its pseudonym and demand; its deliveries become leaves."""
-        signatures: list[MeterSignature] = []
         certificate = self._certificate
         meter_key = public_key_from_cose(certificate.meter_key)
         days = dict(certificate.day_keys)
@@ -261,26 +262,28 @@ class _Verification:
         before_s = -1
         for interval in certificate.intervals:
             start_s = interval.number * self._interval_s
-            at = utc_text(start_s)
             if not max(certificate.from_s, before_s + 1) <= start_s <= certificate.to_s - self._interval_s:
-                raise ProofFailed(f"{at}: this interval is outside the period, listed twice, or out of its order")
+                raise ProofFailed(
+                    f"{utc_text(start_s)}: this interval is outside the period, listed twice, or out of its order"
+                )
             before_s = start_s
             k_interval = single.get(start_s)
             if k_interval is None:
                 k_day = days.get(day_of(start_s))
                 if k_day is None:
-                    raise ProofFailed(f"{at}: it does not disclose the key by which this interval's pseudonym is known")
+                    raise ProofFailed(
+                        f"{utc_text(start_s)}: it does not disclose the key by which this interval's pseudonym is known"
+                    )
                 k_interval = interval_key(k_day, start_s)
             if pseudonym(k_interval, meter_key.key_id) != interval.pseudonym:
                 raise ProofFailed(
-                    f"{at}: the deliveries are not of {certificate.meter}: their pseudonym is that of another consumer"
-                    " or of another interval"
+                    f"{utc_text(start_s)}: the deliveries are not of {certificate.meter}: their pseudonym is that of"
+                    " another consumer or of another interval"
                 )
-            signatures += self._add_interval(interval, start_s, meter_key, k_interval)
+            yield from self._add_interval(interval, start_s, meter_key, k_interval)
         unknown = set(self._contents.corrections) - {interval.pseudonym for interval in certificate.intervals}
         if unknown:
             raise ProofFailed("it holds the correction of a demand that is not in it")
-        return signatures
 
     def _add_interval(
         self, interval: CertifiedInterval, start_s: int, meter_key: PublicKey, k_interval: bytes
@@ -404,6 +407,11 @@ class _Verification:
             if root_from_inclusion(leaf, closing.demand, close.demands, closing.path) == close.root:
                 return
         raise ProofFailed(f"the demand of {utc_text(start_s)} is not among those that the shown close counts")
+
+
+def _shares(signatures: Iterator[MeterSignature]) -> Iterator[list[MeterSignature]]:
+    while share := list(islice(signatures, _SHARE)):
+        yield share
 
 
 def limit_wh(admission: Admission, interval_s: int) -> int:

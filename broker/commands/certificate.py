@@ -70,8 +70,7 @@ def _issue(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from broker.certificates.verify import verify_certificate
-    from broker.certificates.workers import AllProcessors
+    from broker.certificates.workers import verify_on_all_processors
     from broker.ledger.receipts import verify_checkpoint
     from broker.ledger.trust import read_trust
 
@@ -79,8 +78,7 @@ def _verify(options: argparse.Namespace) -> int:
     known = None
     if options.checkpoint is not None:
         known, _ = verify_checkpoint(options.checkpoint.read_bytes(), trust)
-    with AllProcessors() as processors:
-        verified = verify_certificate(options.file.read_bytes(), trust, known, processors.check)
+    verified = verify_on_all_processors(options.file.read_bytes(), trust, known)
     if options.json:
         proven = {
             "certificate_id": verified.certificate_id.hex(),

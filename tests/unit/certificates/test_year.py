@@ -15,8 +15,7 @@ from support.certificate_world import BROKER, CertificateWorld
 from support.ledger_world import INTERVAL_S, T0, admit, issue, register
 
 from broker.certificates.document import Certificate
-from broker.certificates.verify import verify_certificate
-from broker.certificates.workers import AllProcessors
+from broker.certificates.workers import verify_on_all_processors
 from broker.ledger.operations import AssetId
 from broker.ledger.receipts import ProofFailed
 from broker.protocol.messages import Carrier
@@ -73,17 +72,21 @@ def test_it_takes_at_most_two_kilobytes_a_half_hour(year: Year) -> None:
 
 
 def test_it_verifies_in_under_five_seconds_on_two_cores(year: Year) -> None:
-    """The meters' signatures, over half of the work, are checked by both cores while one of them follows the proof."""
+    """The meters' signatures, two thirds of the work, are checked by both cores while one of them follows the proof."""
     before = _cpu_s()
     began_s = time.monotonic()
-    with AllProcessors() as processors:
-        verified = verify_certificate(year.raw, year.world.trust, None, processors.check)
-    wall_s, cpu_s = time.monotonic() - began_s, _cpu_s() - before
+    verified = verify_on_all_processors(year.raw, year.world.trust)
+    wall_s, (own_s, helpers_s) = (
+        time.monotonic() - began_s,
+        [now - then for now, then in zip(_cpu_s(), before, strict=True)],
+    )
     assert verified.contents.certificate.totals.unmatched_wh == 3 * INTERVALS
-    print(f"{INTERVALS} half hours, {len(year.raw)} bytes: {cpu_s:.2f} s of processor, {wall_s:.2f} s on the clock")
-    # Other tests run beside this one, so the clock says little.
-    if FULL:
-        assert cpu_s / 2 < 5
+    print(
+        f"{INTERVALS} half hours, {len(year.raw) // INTERVALS} bytes each: {own_s + helpers_s:.2f} s of processor,"
+        f" {own_s:.2f} s of them in the first process; {wall_s:.2f} s on the clock"
+    )
+    # Other tests run beside this one, so the clock says little: what two cores with nothing else to do would take.
+    assert max(own_s, (own_s + helpers_s) / 2) < (5 if FULL else 1)
 
 
 def test_a_signature_that_fails_is_found_wherever_it_is_checked(year: Year) -> None:
@@ -97,10 +100,11 @@ def test_a_signature_that_fails_is_found_wherever_it_is_checked(year: Year) -> N
     finally:
         world.readings[last] = reading
     assert certificate.issues[-1].signature == bytes(64)
-    with AllProcessors() as processors, pytest.raises(ProofFailed, match="the meter did not sign the reading"):
-        verify_certificate(world.seal(certificate), world.trust, None, processors.check)
+    with pytest.raises(ProofFailed, match="the meter did not sign the reading"):
+        verify_on_all_processors(world.seal(certificate), world.trust)
 
 
-def _cpu_s() -> float:
+def _cpu_s() -> list[float]:
+    """Processor time of this process, and of those that it has waited for."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used)
+    return [one.ru_utime + one.ru_stime for one in used]
