@@ -121,7 +121,7 @@ class _Builder:
         leaves = [leaf for leaf, _ in operations]
         leaves += [issue.leaf for issue in self._issues]
         leaves += [given.leaf for interval in intervals for given in interval.deliveries]
-        day_keys, interval_keys = self._keys(intervals)
+        day_keys, interval_keys = self._keys()
         demanded_wh = [interval.demands[-1].energy_wh for interval in intervals]
         return Certificate(
             found.genesis.to_bytes(),
@@ -298,13 +298,15 @@ class _Builder:
     def _interval_key(self, start_s: int) -> bytes:
         return interval_key(day_key(self._found.secret, day_of(start_s)), start_s)
 
-    def _keys(self, intervals: Iterable[CertifiedInterval]) -> tuple[list[TimedKey], list[TimedKey]]:
-        """The keys of whole days, and of single intervals where the period has only part of a day: none opens more."""
+    def _keys(self) -> tuple[list[TimedKey], list[TimedKey]]:
+        """The keys of whole days, and of single intervals where the period has only part of a day: none opens more.
+
+        Those of intervals without a demand too, so that a copy of the ledger shows that there was none.
+        """
         found = self._found
         days: dict[int, TimedKey] = {}
         single = []
-        for interval in intervals:
-            start_s = interval.number * self._interval_s
+        for start_s in range(found.from_s, found.to_s, self._interval_s):
             day = day_of(start_s)
             if found.from_s <= day * DAY_S and (day + 1) * DAY_S <= found.to_s:
                 days[day] = TimedKey(day, day_key(found.secret, day))

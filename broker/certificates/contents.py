@@ -72,8 +72,8 @@ class Contents:
     demanded_wh: tuple[int, ...]
 
     @property
-    def is_provisional(self) -> bool:
-        """True if, by the broker's word, something in it may still be corrected."""
+    def final_s(self) -> int:
+        """The market clock from which on nothing in it can change: the correction deadline of what comes last."""
         certificate, interval_s = self.certificate, self.genesis.interval_s
         last_s = (certificate.intervals[-1].number + 1) * interval_s
         for interval in certificate.intervals:
@@ -82,7 +82,17 @@ class Contents:
                 start_s = interval.number * interval_s
                 span = window_span(Window(given.window), Interval(start_s, start_s + interval_s))
                 last_s = max(last_s, span.end_s)
-        return certificate.settled_s < last_s + self.genesis.correction_deadline_s
+        return last_s + self.genesis.correction_deadline_s
+
+    @property
+    def is_provisional(self) -> bool:
+        """True if, by the broker's word, something in it may still be corrected."""
+        return self.certificate.settled_s < self.final_s
+
+    @property
+    def assets_used(self) -> set[tuple[str, int]]:
+        """(device, start of the interval) of every reading in it."""
+        return {(asset.device, asset.start_s) for asset in self.assets}
 
     def source_of(self, line: Line) -> Source:
         """What the device of a line is admitted as."""

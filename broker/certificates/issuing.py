@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Final
 
 from broker.certificates.codes import DEFAULT_FACTORS, DEFAULT_FACTORS_SOURCE, UNMATCHED
 from broker.certificates.document import Factor
@@ -10,6 +11,9 @@ from broker.config import UNMATCHED_LABEL, BrokerConfig, load_genesis
 from broker.protocol.keys import load_private_key
 from broker.protocol.sources import Source
 from broker.service.store import BrokerStore
+
+INDEX_NAME: Final = "ledger-index.db"
+"""Beside the broker's database. It holds nothing that is not on the ledger, and may be removed."""
 
 
 def ledger_of(config: BrokerConfig) -> Path | None:
@@ -27,6 +31,7 @@ def issue(config: BrokerConfig, ledger: Path, meter: str, period: tuple[int, int
         return issue_certificate(
             store,
             ledger,
+            config.broker.data_dir / INDEX_NAME,
             load_genesis(config.ledger.genesis_file),
             config.broker.name,
             load_private_key(config.broker.key_file),

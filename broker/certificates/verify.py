@@ -55,7 +55,7 @@ class Verified:
     """A certificate that is true, at this checkpoint. `carried_wh`: Wh above what meters counted in those intervals.
 
     Such Wh are carried over from corrections of other intervals (docs/ledger.md); whether as many were, only a copy of
-    the ledger can tell.
+    the ledger can tell. `signed_with` is the id of the broker's key.
     """
 
     contents: Contents
@@ -63,6 +63,7 @@ class Verified:
     checkpoint: Checkpoint
     validator: str
     carried_wh: int
+    signed_with: bytes
 
 
 class _MeterKey(NamedTuple):
@@ -137,7 +138,7 @@ class _Verification:
                 what, at_s = share[failed][3:]
                 raise ProofFailed(f"the meter did not sign the {what} of {utc_text(at_s)}")
         certificate_id = self._sealed.certificate_id(self._trust.ledger)
-        return Verified(contents, certificate_id, checkpoint, validator, carried_wh)
+        return Verified(contents, certificate_id, checkpoint, validator, carried_wh, self._sealed.key_id)
 
     # --- Who speaks
 

@@ -2,10 +2,11 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from broker.commands.common import DONE, add_command, add_config_option, add_group, print_row
+from broker.commands.common import DONE, FAILED, add_command, add_config_option, add_group, print_row
 from broker.commands.period import add_period_options, period_of
 from broker.config import UNMATCHED_LABEL, load_broker_config
 from broker.protocol.sources import Source
@@ -30,7 +31,10 @@ def add_commands(commands: Any) -> None:
     )
     issue.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the certificate")
     verify = add_command(
-        group, "verify", "Check a certificate with a trust file alone: exit 0 only if it is true.", _verify
+        group,
+        "verify",
+        "Check a certificate by a trust file alone, or by a ledger too: exit 0 only if it is true.",
+        _verify,
     )
     verify.add_argument("file", type=Path, metavar="FILE", help="a certificate")
     verify.add_argument("--trust", type=Path, required=True, metavar="FILE", help="the ledger's trust file")
@@ -39,6 +43,12 @@ def add_commands(commands: Any) -> None:
         type=Path,
         metavar="FILE",
         help="a checkpoint (`energy-broker ledger checkpoint`) that the certificate must not be older than",
+    )
+    verify.add_argument(
+        "--ledger",
+        type=Path,
+        metavar="PATH",
+        help="a copy of the ledger: also check that nothing was taken back since, and that nothing is left out",
     )
     verify.add_argument("--json", action="store_true", help="print what is proven as JSON")
     show = add_command(group, "show", "Print what a certificate says, without checking it.", _show)
@@ -70,6 +80,7 @@ def _issue(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from broker.certificates.standing import standing_in
     from broker.certificates.workers import verify_on_all_processors
     from broker.ledger.receipts import verify_checkpoint
     from broker.ledger.trust import read_trust
@@ -79,6 +90,10 @@ def _verify(options: argparse.Namespace) -> int:
     if options.checkpoint is not None:
         known, _ = verify_checkpoint(options.checkpoint.read_bytes(), trust)
     verified = verify_on_all_processors(options.file.read_bytes(), trust, known)
+    standing = None if options.ledger is None else standing_in(verified, options.ledger)
+    faults = () if standing is None else standing.faults
+    for fault in faults:
+        print(f"energy-broker: {options.file}: {fault}", file=sys.stderr)
     if options.json:
         proven = {
             "certificate_id": verified.certificate_id.hex(),
@@ -87,8 +102,16 @@ def _verify(options: argparse.Namespace) -> int:
             "carried_wh": verified.carried_wh,
             **_summary(verified.contents),
         }
+        if standing is not None:
+            proven["ledger_now"] = {
+                "height": standing.height,
+                "is_provisional": not standing.is_settled,
+                "faults": list(faults),
+            }
         print(json.dumps(proven))
-        return DONE
+        return FAILED if faults else DONE
+    if faults:
+        return FAILED
     certificate = verified.contents.certificate
     totals = certificate.totals
     state = "provisional" if verified.contents.is_provisional else "settled"
@@ -97,6 +120,9 @@ def _verify(options: argparse.Namespace) -> int:
         f" {len(verified.contents.devices)} devices; at height {verified.checkpoint.height} of ledger {trust.ledger},"
         f" signed by {verified.validator}; {state}"
     )
+    if standing is not None:
+        state = "settled" if standing.is_settled else "provisional"
+        print(f"{options.file}: all of it, and nothing else, stands on the ledger at height {standing.height}; {state}")
     if verified.carried_wh:
         print(f"{options.file}: {verified.carried_wh} Wh are carried over from corrections of other intervals")
     return DONE

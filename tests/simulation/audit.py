@@ -4,11 +4,14 @@ Nothing of `broker.ledger.rules` or its state is used: blocks are opened, operat
 through a dictionary. What the brokers' stores and the meters say must come to the same.
 """
 
+import json
 from collections import Counter
 from dataclasses import dataclass, field
 
 from support.ledger_world import key
 
+from broker.certificates.gather import issue_certificate
+from broker.certificates.verify import verify_certificate
 from broker.ledger.embedded import EmbeddedLedger
 from broker.ledger.operations import (
     Close,
@@ -22,12 +25,13 @@ from broker.ledger.operations import (
     Window,
     decode_operation,
 )
+from broker.ledger.trust import read_trust, trust_of
 from broker.market.statements import market_faults
 from broker.market.windows import Span
 from broker.protocol.envelope import Signer, open_envelope, parse
 from broker.protocol.messages import Batch, Block, MessageType, Order, Reading
 from broker.protocol.sources import Source
-from broker.service.accounts import ledger_faults, own_books
+from broker.service.accounts import consumer_statement, ledger_faults, own_books
 from broker.service.store import BrokerStore, IntervalState, Standing, WorkState
 from simulation.world import INTERVAL_S, LEDGER, T0, Books, World, capacity_w
 
@@ -104,6 +108,92 @@ def check(world: World, books: Books) -> Accounts:
     _check_closes(world, accounts)
     _check_money(world)
     return accounts
+
+
+def check_certificates(world: World, books: Books) -> dict[str, bytes]:
+    """Every consumer's certificate of all that its broker has closed is what books, statement and ledger say.
+
+    Returns them by meter; a consumer without any demand has none.
+    """
+    issued = {}
+    for plan in world.plan.consumers:
+        until_s = _closed_until_s(world, plan.broker)
+        demanded_wh = {
+            start_s: demand_wh
+            for start_s, demand_wh in _demanded_wh(world, plan.meter, plan.broker).items()
+            if start_s < until_s
+        }
+        if not any(demanded_wh.values()):
+            continue
+        raw = certificate_of(world, plan.meter, plan.broker, until_s)
+        issued[plan.meter] = raw
+        contents = verify_certificate(raw, read_trust(json.dumps(trust_of(world.genesis)))).contents
+        delivered_wh: Counter[tuple[int, str]] = Counter()
+        for line in contents.lines:
+            delivered_wh[line.start_s, contents.source_of(line).label] += line.energy_wh
+        assert delivered_wh == {
+            (start_s, source): energy_wh
+            for (meter, start_s, source), energy_wh in books.delivered_wh.items()
+            if meter == plan.meter and start_s < until_s and energy_wh
+        }
+        totals = contents.certificate.totals
+        assert totals.demanded_wh == sum(demanded_wh.values())
+        assert totals.unmatched_wh == sum(
+            energy_wh
+            for (meter, at_s), energy_wh in books.unmatched_wh.items()
+            if meter == plan.meter and at_s < until_s
+        )
+        store = BrokerStore(world.brokers[plan.broker].config.database)
+        statement = consumer_statement(store, world.genesis, plan.meter, Span(T0, until_s))
+        store.close()
+        assert (statement.demanded_wh, statement.unmatched_wh) == (totals.demanded_wh, totals.unmatched_wh)
+        by_source: Counter[Source] = Counter()
+        for charged in statement.accounts[0].lines:
+            by_source[charged.source] += charged.energy_wh
+        assert by_source == {total.source: total.energy_wh for total in totals.by_source}
+        assert contents.is_provisional == (until_s < contents.final_s)
+    return issued
+
+
+def certificate_of(world: World, meter: str, broker: str, until_s: int, from_s: int = T0) -> bytes:
+    """A consumer's certificate, issued from its broker's database and the world's ledger. Raises CertificateError."""
+    store = BrokerStore(world.brokers[broker].config.database)
+    try:
+        return issue_certificate(
+            store,
+            world.folder / "ledger",
+            world.folder / broker / "index.db",
+            world.genesis,
+            broker,
+            key(broker),
+            meter,
+            (from_s, until_s),
+            until_s,
+            (),
+            "none",
+        )
+    finally:
+        store.close()
+
+
+def _closed_until_s(world: World, broker: str) -> int:
+    store = BrokerStore(world.brokers[broker].config.database)
+    closed_s = store.last_interval(IntervalState.CLOSED)
+    store.close()
+    assert closed_s is not None
+    return closed_s + INTERVAL_S
+
+
+def _demanded_wh(world: World, meter: str, broker: str) -> dict[int, int]:
+    store = BrokerStore(world.brokers[broker].config.database)
+    try:
+        return {
+            row.start_s: row.energy_wh
+            for row in store.all_messages(MessageType.DEMAND)
+            if row.meter == meter and row.standing is Standing.CURRENT
+        }
+    finally:
+        store.close()
 
 
 def head_of(world: World) -> tuple[int, bytes]:

@@ -51,6 +51,7 @@ def test_a_demand_is_corrected_at_any_time_and_to_any_amount(folder: Path, at_s:
     correct(world, "anna", 0, 1, energy_wh, at_s)
     books = world.run(T0 + 6 * INTERVAL_S)
     accounts = audit.check(world, books)
+    audit.check_certificates(world, books)
     # Of 700 Wh of wind 200 are ben's.
     unmatched_wh = max(0, energy_wh // 2 - 500)
     assert books.unmatched_wh["anna", T0] == unmatched_wh
@@ -81,6 +82,7 @@ def test_a_revision_that_overtakes_the_ones_before_it_counts_and_they_do_not(fol
     correct(world, "anna", 0, 1, 350, INTERVAL_S)
     books = world.run(T0 + 6 * INTERVAL_S)
     accounts = audit.check(world, books)
+    audit.check_certificates(world, books)
     assert given_wh(books, "anna", T0) == 250
     assert accounts.closed["east", T0][-1].demanded_wh == 450
 
@@ -94,6 +96,7 @@ def test_a_missing_demand_counts_nothing_until_the_agent_sends_an_estimate(folde
     world.send("anna", estimated, T0 + 3 * INTERVAL_S)
     books = world.run(T0 + 5 * INTERVAL_S)
     accounts = audit.check(world, books)
+    audit.check_certificates(world, books)
     assert given_wh(books, "anna", T0) == 320
     assert [(close.demands, close.demanded_wh) for close in accounts.closed["east", T0]] == [(2, 200), (2, 520)]
 
@@ -105,6 +108,7 @@ def test_an_open_demand_without_any_slice_is_corrected_down_and_closed_with_less
     correct(world, "anna", 0, 1, 250, GATE_2_S + MINUTE_S)
     books = world.run(T0 + 5 * INTERVAL_S)
     accounts = audit.check(world, books)
+    audit.check_certificates(world, books)
     assert [close.demanded_wh for close in accounts.closed["east", T0]] == [400, 250]
     assert books.unmatched_wh["anna", T0] == 250
 
@@ -123,7 +127,9 @@ def test_demands_corrected_at_random_with_brokers_killed_end_with_right_totals(f
     faults = Faults(lost=20, doubled=20, reordered=20)
     world = World(PAIR, folder, seed, faults=faults, kills=8, disconnects=4)
     random_demand_corrections(world, seed)
-    audit.check(world, world.run(T0 + 12 * INTERVAL_S))
+    books = world.run(T0 + 12 * INTERVAL_S)
+    audit.check(world, books)
+    audit.check_certificates(world, books)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +144,7 @@ def test_a_reading_is_corrected_at_any_time_and_to_any_amount(folder: Path, at_s
     correct(world, "mill", 0, 1, energy_wh, at_s)
     books = world.run(T0 + 6 * INTERVAL_S)
     accounts = audit.check(world, books)
+    audit.check_certificates(world, books)
     wind_wh = sum(wh for (_, start_s, source), wh in books.delivered_wh.items() if (start_s, source) == (T0, "wind"))
     assert wind_wh == min(energy_wh, 400)
     assert books.kept_wh.get(("east", T0, "wind"), 0) == max(0, energy_wh - 400)
@@ -153,6 +160,7 @@ def test_what_a_correction_withdraws_is_delivered_again_from_what_is_left(folder
     correct(world, "mill", 0, 1, 400, GATE_2_S + MINUTE_S)
     books = world.run(T0 + 4 * INTERVAL_S)
     accounts = audit.check(world, books)
+    audit.check_certificates(world, books)
     assert books.delivered_wh["anna", T0, "wind"] == 400
     assert books.delivered_wh["anna", T0, "solar"] == 500
     assert len(accounts.closed["east", T0]) == 2
@@ -168,6 +176,7 @@ def test_after_the_deadline_a_correction_is_carried_to_the_next_issues(folder: P
     correct(world, "mill", 0, 1, 100, 3 * INTERVAL_S)
     books = world.run(T0 + 8 * INTERVAL_S)
     accounts = audit.check(world, books)
+    audit.check_certificates(world, books)
     assert accounts.withdrawn_wh["mill", T0] == 0
     assert sorted(accounts.issued_wh.values()) == [0, 400, 500, 500, 500, 500, 700]
     assert not accounts.carried_wh["mill"]
@@ -184,6 +193,7 @@ def test_a_first_reading_after_the_deadline_is_carried(folder: Path) -> None:
     (folder / "genesis.cbor").write_bytes(world.genesis.to_bytes())
     books = world.run(T0 + 8 * INTERVAL_S)
     accounts = audit.check(world, books)
+    audit.check_certificates(world, books)
     assert accounts.issued_wh["mill", T0] == 0
     assert max(accounts.issued_wh.values()) == 800
     assert not accounts.carried_wh["mill"]
@@ -195,6 +205,7 @@ def test_a_neighbours_correction_is_withdrawn_from_what_was_bought_of_it(folder:
     correct(world, "mill", 0, 1, 350, GATE_2_S + MINUTE_S)
     books = world.run(T0 + 7 * INTERVAL_S)
     accounts = audit.check(world, books)
+    audit.check_certificates(world, books)
     assert accounts.withdrawn_wh["mill", T0] == 550
 
 
@@ -213,4 +224,6 @@ def test_readings_corrected_at_random_with_brokers_killed_end_with_right_totals(
     world = World(PAIR, folder, seed, faults=faults, kills=8, disconnects=4)
     random_reading_corrections(world, seed)
     random_demand_corrections(world, seed)
-    audit.check(world, world.run(T0 + 12 * INTERVAL_S))
+    books = world.run(T0 + 12 * INTERVAL_S)
+    audit.check(world, books)
+    audit.check_certificates(world, books)

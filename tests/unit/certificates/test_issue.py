@@ -1,133 +1,56 @@
 """Certificates from a broker's database and a ledger as both really are, with the command and without."""
 
 import json
+import shutil
+import sqlite3
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.certificate_world import BROKER, FACTORS, METER, SECRET, demand_of, key_of, name_of, trust_in
+from support.broker_on_disk import DiskBroker
+from support.certificate_world import BROKER, METER, demand_of, name_of, trust_in
 from support.ledger_world import (
     GENESIS,
     INTERVAL_S,
     T0,
     asset,
-    batch,
     correct,
-    found,
-    issue,
+    deliver,
     key,
     rotate,
-    take,
 )
 
 from broker.certificates.build import CertificateError
 from broker.certificates.document import read_certificate
-from broker.certificates.gather import issue_certificate
+from broker.certificates.index import LedgerIndex
 from broker.certificates.verify import Verified, verify_certificate
 from broker.cli import main
-from broker.ledger.embedded import EmbeddedLedger
-from broker.ledger.merkle import leaf_hash, root_of
 from broker.ledger.operations import (
-    Close,
     CorrectDemand,
-    Deliver,
     DeliveredSlice,
-    Operation,
     ReturnedSlice,
     Transfer,
-    Window,
 )
+from broker.ledger.store import LedgerError, Store
 from broker.ledger.trust import trust_of
 from broker.protocol.keys import save_private_key
 from broker.protocol.messages import KeyHolder, MessageType
-from broker.service.pseudonyms import DAY_S, commitment
-from broker.service.store import BrokerStore, ConsumerRow
+from broker.service.pseudonyms import DAY_S
 
 TRUST = trust_in(GENESIS)
 
 
-class Broker:
-    """A ledger and the database of broker b1, which serves one consumer."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.ledger: EmbeddedLedger = found(folder / "ledger")
-        self.store = BrokerStore(folder / "broker.db")
-        meter = key(METER).public
-        self.store.begin()
-        self.store.add_consumer(ConsumerRow(METER, meter.cose_key, meter.key_id, SECRET, T0))
-        self.store.commit()
-
-    def close(self) -> None:
-        self.store.close()
-        self.ledger.close()
-
-    def commit(self, *operations: Operation) -> None:
-        assert self.ledger.submit(batch(*operations)) is None
-        refused = [result for result in self.ledger.commit().results if result.result.reason is not None]
-        assert not refused
-
-    def demand(self, start_s: int, energy_wh: int, revision: int = 0) -> bytes:
-        """The meter's demand is accepted. Returns its commitment."""
-        raw = demand_of(start_s, energy_wh, revision)
-        committed = commitment(key_of(start_s), raw)
-        self.store.begin()
-        kept = self.store.add_message(
-            start_s, METER, MessageType.DEMAND, revision, raw[-32:], raw, energy_wh, name_of(start_s), committed
-        )
-        self.store.commit()
-        assert kept
-        return committed
-
-    def deliver(self, start_s: int, energy_wh: int, *slices: tuple[str, int, int], revision: int = 0) -> Deliver:
-        items = tuple(DeliveredSlice(asset(device, start_s), low, high, 0) for device, low, high in slices)
-        raw = demand_of(start_s, energy_wh, revision)
-        committed = commitment(key_of(start_s), raw)
-        end_s = start_s + INTERVAL_S
-        return Deliver(name_of(start_s), start_s, end_s, Window.INTERVAL, "north", energy_wh, committed, items)
-
-    def close_of(self, start_s: int, revision: int = 0) -> Close:
-        demands = list(self.store.commitments(start_s))
-        leaves = [leaf_hash(name + committed) for name, committed, _ in demands]
-        demanded_wh = sum(energy_wh for _, _, energy_wh in demands)
-        return Close(start_s, start_s + INTERVAL_S, revision, len(leaves), demanded_wh, root_of(leaves))
-
-    def certificate(self, from_s: int = T0, to_s: int = T0 + 2 * INTERVAL_S, meter: str = METER) -> bytes:
-        return issue_certificate(
-            self.store,
-            self.folder / "ledger",
-            GENESIS,
-            BROKER,
-            key(BROKER),
-            meter,
-            (from_s, to_s),
-            to_s,
-            FACTORS,
-            "table",
-        )
-
-    def verified(self) -> Verified:
-        return verify_certificate(self.certificate(), TRUST)
-
-
 @pytest.fixture
-def broker(tmp_path: Path) -> Iterator[Broker]:
-    made = Broker(tmp_path)
+def served(tmp_path: Path) -> Iterator[DiskBroker]:
+    made = DiskBroker(tmp_path)
+    made.serve_two_intervals()
     yield made
     made.close()
 
 
-@pytest.fixture
-def served(broker: Broker) -> Broker:
-    """Two intervals: 300 Wh from two devices, then 50 Wh for which there was nothing."""
-    broker.commit(issue("solar-1", 900), take("solar-1", 0, 900), issue("wind-1", 400), take("wind-1", 0, 400))
-    broker.demand(T0, 300)
-    broker.commit(broker.deliver(T0, 300, ("solar-1", 0, 240), ("wind-1", 0, 60)), broker.close_of(T0))
-    later_s = T0 + INTERVAL_S
-    broker.demand(later_s, 50)
-    broker.commit(broker.deliver(later_s, 50), broker.close_of(later_s))
-    return broker
+def verified_now(served: DiskBroker) -> Verified:
+    return verify_certificate(served.certificate(), TRUST)
 
 
 def totals(verified: Verified) -> tuple[int, int, int]:
@@ -135,8 +58,8 @@ def totals(verified: Verified) -> tuple[int, int, int]:
     return stated.demanded_wh, stated.delivered_wh, stated.unmatched_wh
 
 
-def test_a_certificate_of_a_real_ledger_verifies(served: Broker) -> None:
-    verified = served.verified()
+def test_a_certificate_of_a_real_ledger_verifies(served: DiskBroker) -> None:
+    verified = verified_now(served)
     assert totals(verified) == (350, 300, 50)
     assert [device.admission.device for device in verified.contents.devices] == ["solar-1", "wind-1"]
     assert verified.checkpoint.height == served.ledger.height
@@ -144,45 +67,45 @@ def test_a_certificate_of_a_real_ledger_verifies(served: Broker) -> None:
     assert verified.contents.is_provisional
 
 
-def test_the_same_period_gives_the_same_bytes(served: Broker) -> None:
+def test_the_same_period_gives_the_same_bytes(served: DiskBroker) -> None:
     assert served.certificate() == served.certificate()
 
 
-def test_a_period_opens_only_its_own_intervals(served: Broker) -> None:
+def test_a_period_opens_only_its_own_intervals(served: DiskBroker) -> None:
     certificate = read_certificate(served.certificate(T0, T0 + INTERVAL_S)).certificate
     assert [interval.number for interval in certificate.intervals] == [T0 // INTERVAL_S]
     assert [one.at for one in certificate.interval_keys] == [T0]
     assert not certificate.day_keys
 
 
-def test_a_corrected_demand_is_certified_with_what_went_back(served: Broker) -> None:
+def test_a_corrected_demand_is_certified_with_what_went_back(served: DiskBroker) -> None:
     committed = served.demand(T0, 200, revision=1)
     returned = (ReturnedSlice(asset("solar-1"), 0, 140, 240),)
     served.commit(CorrectDemand(name_of(T0), T0, 1, 200, committed, returned))
-    assert totals(served.verified()) == (250, 200, 50)
+    assert totals(verified_now(served)) == (250, 200, 50)
     # What went back may be delivered again, here after the demand was corrected up.
     committed = served.demand(T0, 260, revision=2)
     served.commit(
         CorrectDemand(name_of(T0), T0, 2, 260, committed, ()),
         served.deliver(T0, 260, ("solar-1", 140, 200), revision=2),
     )
-    assert totals(served.verified()) == (310, 260, 50)
+    assert totals(verified_now(served)) == (310, 260, 50)
 
 
-def test_a_corrected_reading_is_certified_with_what_was_withdrawn(served: Broker) -> None:
+def test_a_corrected_reading_is_certified_with_what_was_withdrawn(served: DiskBroker) -> None:
     # Of 900 Wh the broker still holds 660: all of those and 40 delivered ones are withdrawn.
     served.commit(correct("solar-1", 200))
-    verified = served.verified()
+    verified = verified_now(served)
     assert totals(verified) == (350, 260, 90)
     assert [issue.revision for issue in verified.contents.certificate.issues] == [0, 0, 1]
     # Then the meter says that it was right at first: the open demand is filled from the new revision's asset.
     second = asset("solar-1", revision=2)
     served.commit(correct("solar-1", 900, revision=2), Transfer(second, 900, 940, "alice", BROKER, 100, None))
     served.commit(replace(served.deliver(T0, 300), slices=(DeliveredSlice(second, 900, 940, 0),)))
-    assert totals(served.verified()) == (350, 300, 50)
+    assert totals(verified_now(served)) == (350, 300, 50)
 
 
-def test_a_correction_that_the_broker_leaves_out_is_not_seen_in_the_file(served: Broker) -> None:
+def test_a_correction_that_the_broker_leaves_out_is_not_seen_in_the_file(served: DiskBroker) -> None:
     """What a verifier cannot know: an operation that is not shown. The height says up to when the broker spoke."""
     before = served.certificate()
     served.commit(correct("solar-1", 200))
@@ -191,15 +114,15 @@ def test_a_correction_that_the_broker_leaves_out_is_not_seen_in_the_file(served:
         verify_certificate(before, TRUST, served.ledger.head.checkpoint())
 
 
-def test_rotated_keys_of_meters_and_broker_are_shown(served: Broker) -> None:
+def test_rotated_keys_of_meters_and_broker_are_shown(served: DiskBroker) -> None:
     served.commit(
         rotate("solar-1", "solar-1-new", holder=KeyHolder.DEVICE, from_s=T0 + 2 * INTERVAL_S),
         rotate("wind-1", "wind-1-new", holder=KeyHolder.DEVICE, from_s=T0 + 2 * INTERVAL_S),
     )
-    assert totals(served.verified()) == (350, 300, 50)
+    assert totals(verified_now(served)) == (350, 300, 50)
 
 
-def test_what_is_not_closed_yet_is_not_certified(served: Broker) -> None:
+def test_what_is_not_closed_yet_is_not_certified(served: DiskBroker) -> None:
     third_s = T0 + 2 * INTERVAL_S
     served.demand(third_s, 10)
     served.commit(served.deliver(third_s, 10))
@@ -208,7 +131,7 @@ def test_what_is_not_closed_yet_is_not_certified(served: Broker) -> None:
     assert served.certificate(T0, T0 + 2 * INTERVAL_S)
 
 
-def test_a_demand_that_came_after_the_close_waits_for_the_next_close(served: Broker) -> None:
+def test_a_demand_that_came_after_the_close_waits_for_the_next_close(served: DiskBroker) -> None:
     raw = demand_of(T0 + INTERVAL_S, 60, 0)
     served.store.begin()
     served.store.add_message(
@@ -231,7 +154,7 @@ def test_a_demand_that_came_after_the_close_waits_for_the_next_close(served: Bro
     ],
 )
 def test_what_cannot_be_certified_is_refused_with_the_reason(
-    served: Broker, arguments: dict[str, object], reason: str
+    served: DiskBroker, arguments: dict[str, object], reason: str
 ) -> None:
     with pytest.raises(CertificateError, match=reason):
         served.certificate(**arguments)  # type: ignore[arg-type]
@@ -241,7 +164,7 @@ def test_what_cannot_be_certified_is_refused_with_the_reason(
 
 
 @pytest.fixture
-def config(served: Broker) -> Path:
+def config(served: DiskBroker) -> Path:
     folder = served.folder
     save_private_key(folder / "b1.pem", key(BROKER))
     (folder / "genesis.cbor").write_bytes(GENESIS.to_bytes())
@@ -295,7 +218,7 @@ def test_issue_verify_show_and_export(config: Path, capsys: pytest.CaptureFixtur
     assert "<svg" in page.read_text()
 
 
-def test_verify_says_why_it_is_not_true(config: Path, served: Broker, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_says_why_it_is_not_true(config: Path, served: DiskBroker, capsys: pytest.CaptureFixture[str]) -> None:
     file, trust = config.with_name("house.cbor"), config.with_name("trust.json")
     raw = served.certificate()
     file.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
@@ -310,14 +233,17 @@ def test_verify_says_why_it_is_not_true(config: Path, served: Broker, capsys: py
 
 
 @pytest.mark.parametrize(("option", "text"), [("--day", "2023-11-14"), ("--month", "2023-11")])
-def test_a_day_or_a_month_by_its_name(config: Path, capsys: pytest.CaptureFixture[str], option: str, text: str) -> None:
+def test_a_day_or_a_month_by_its_name(
+    config: Path, served: DiskBroker, capsys: pytest.CaptureFixture[str], option: str, text: str
+) -> None:
+    served.commit(served.close_of(T0 + 17 * DAY_S - INTERVAL_S))
     file = config.with_name("house.cbor")
     issued = ("certificate", "issue", "--config", config, "--meter", METER, "--out", file)
     assert run(capsys, *issued, option, text)[0] == 0
     certificate = read_certificate(file.read_bytes()).certificate
     assert certificate.from_s <= T0 < certificate.to_s
-    assert (certificate.to_s - certificate.from_s) // DAY_S == (1 if option == "--day" else 30)
-    assert len(certificate.day_keys) == 1
+    days = (certificate.to_s - certificate.from_s) // DAY_S
+    assert (days, len(certificate.day_keys)) == ((1, 1) if option == "--day" else (30, 30))
     code, _, complaint = run(capsys, *issued, option, f"{text}-99")
     assert (code, "for example" in complaint) == (2, True)
     assert run(capsys, *issued)[0] == 2
@@ -330,3 +256,87 @@ def test_unknown_factors_are_refused(config: Path, capsys: pytest.CaptureFixture
         capsys, "certificate", "issue", "--config", config, "--meter", METER, "--day", "2023-11-14", "--out", "x"
     )
     assert (code, "wnid" in complaint) == (2, True)
+
+
+# --- The index
+
+
+def test_only_blocks_that_came_since_are_read(served: DiskBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[int, int]] = []
+    blocks = Store.blocks
+
+    def counted(store: Store, from_height: int = 1, upto: int = 2**53) -> Iterator[tuple[int, bytes, bytes]]:
+        for row in blocks(store, from_height, upto):
+            read.append((from_height, row[0]))
+            yield row
+
+    monkeypatch.setattr(Store, "blocks", counted)
+    raw = served.certificate()
+    assert {height for _, height in read} == set(range(1, served.ledger.height + 1))
+    read.clear()
+    assert served.certificate() == raw
+    # The last block tells that it is the same ledger.
+    assert [height for _, height in read] == [served.ledger.height]
+    served.commit(correct("solar-1", 200))
+    read.clear()
+    assert totals(verified_now(served)) == (350, 260, 90)
+    assert {height for _, height in read} == {served.ledger.height - 1, served.ledger.height}
+
+
+def test_an_index_of_another_ledger_or_of_none_is_made_anew(served: DiskBroker, tmp_path: Path) -> None:
+    raw = served.certificate()
+    other = DiskBroker(tmp_path / "other")
+    other.serve_two_intervals(wind_wh=401)
+    foreign = other.certificate()
+    other.close()
+    index = served.folder / "index.db"
+    shutil.copy(tmp_path / "other" / "index.db", index)
+    assert served.certificate() == raw != foreign
+    index.unlink()
+    assert served.certificate() == raw
+
+
+def test_a_damaged_index_is_named(served: DiskBroker) -> None:
+    served.certificate()
+    index = served.folder / "index.db"
+    index.write_bytes(b"no database" * 1_000)
+    with pytest.raises(LedgerError, match=f"remove {index}"):
+        served.certificate()
+    index.unlink()
+    database = LedgerIndex(index, b"")
+    database.close()
+    connection = sqlite3.connect(index)
+    connection.executescript("PRAGMA user_version=1; CREATE TABLE progress (genesis, height, block_id);")
+    connection.close()
+    with pytest.raises(LedgerError, match="no such table"):
+        served.certificate()
+
+
+def test_an_index_that_leads_astray_makes_no_certificate(served: DiskBroker) -> None:
+    """A row is missing: the ledger's state says that there was more."""
+    served.certificate()
+    connection = sqlite3.connect(served.folder / "index.db")
+    connection.execute("DELETE FROM delivered WHERE start_s = ?", (T0,))
+    connection.commit()
+    connection.close()
+    with pytest.raises(CertificateError, match=r"the ledger has it otherwise .* leaves this interval out"):
+        served.certificate()
+
+
+def test_deliveries_that_stand_in_any_order_are_found(served: DiskBroker) -> None:
+    """Of intervals and consumers mixed in one batch, as no broker of ours writes them."""
+    third_s = T0 + 2 * INTERVAL_S
+    fourth_s = third_s + INTERVAL_S
+    served.demand(third_s, 10)
+    served.demand(fourth_s, 20)
+    strangers = [deliver(number, 5, start_s=third_s) for number in (1, 2**127)]
+    served.commit(
+        strangers[0],
+        served.deliver(fourth_s, 20),
+        served.deliver(third_s, 10),
+        strangers[1],
+        served.close_of(third_s),
+        served.close_of(fourth_s),
+    )
+    certificate = read_certificate(served.certificate(T0, T0 + 4 * INTERVAL_S)).certificate
+    assert [interval.demands[-1].energy_wh for interval in certificate.intervals] == [300, 50, 10, 20]
