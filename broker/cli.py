@@ -26,13 +26,19 @@ from broker.commands import (
 from broker.commands.common import DONE, FAILED, USAGE, Command
 from broker.market.contracts import ContractError
 from broker.market.terms import TermsError
+from broker.protocol.command_line import not_text
 from broker.protocol.errors import KeyFileError, ProtocolError
+from broker.protocol.files import refused_by_system
 from firmware_config.loader import ConfigError, WrongValue
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the return value is the exit code."""
-    options = _parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    fault = not_text(given)
+    if fault is not None:
+        return _say(USAGE, fault)
+    options = _parser().parse_args(given)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     # Imported here, because these bring in SQLite, which a plain --help does not need.
     from broker.database_copy import CopyError
@@ -46,12 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return command(options)
     except BrokenPipeError:
         return DONE  # Whoever read our output, `head` for one, has seen enough.
-    except FileNotFoundError as error:
-        return _say(USAGE, f"{error.filename}: there is no such file; check the path")
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        return _say(USAGE, refused_by_system(error))
     except (ConfigError, WrongValue, ContractError, TermsError, RegistrationError, KeyFileError) as error:
         return _say(USAGE, error)
-    except (ProtocolError, StoreError, LedgerError, CopyError, AccountsError, OSError) as error:
+    except (ProtocolError, StoreError, LedgerError, CopyError, AccountsError) as error:
         return _say(FAILED, error)
+    except OSError as error:
+        return _say(FAILED, refused_by_system(error))
 
 
 def _say(code: int, what: object) -> int:

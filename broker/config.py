@@ -6,16 +6,25 @@ the broker's database. `firmware_config/examples/broker.toml` is a commented exa
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 from urllib.parse import urlsplit
 
 from broker.market.tariff import MAX_PRICE
 from broker.protocol.errors import MalformedMessage
+from broker.protocol.files import read_file
 from broker.protocol.keys import PublicKey, public_key_from_cose
 from broker.protocol.messages import Genesis
 from broker.protocol.mqtt_link import MqttConfig
 from broker.protocol.sources import Source
 from firmware_config.loader import Between, ConfigError, OneName, WrongValue, load_config
+
+if TYPE_CHECKING:
+    from broker.ledger.trust import Trust
+
+TRUST_FILE: Final = "a trust file as `energy-broker ledger trust` prints it"
+
+_MAX_FILE_BYTES: Final = 1_048_576
+"""A genesis or trust file of 64 validators is a few kilobytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,13 +162,25 @@ def load_broker_config(path: Path) -> BrokerConfig:
 def load_genesis(path: Path) -> Genesis:
     """Read a genesis file. Raises ConfigError if it is not there or not one."""
     try:
-        return Genesis.from_bytes(path.read_bytes())
+        return Genesis.from_bytes(read_file(path, _MAX_FILE_BYTES))
     except OSError as error:
         raise ConfigError(
             path, "", f"a readable genesis file ({error.strerror}); get it from who hosts the ledger"
         ) from error
     except MalformedMessage as error:
-        raise ConfigError(path, error.where, error.expected) from error
+        raise ConfigError(path, "", f"a genesis as `energy-broker ledger genesis` writes it ({error})") from error
+
+
+def load_trust(path: Path) -> "Trust":
+    """Read a trust file. Raises OSError, and WrongValue if it is none."""
+    from broker.ledger.trust import read_trust
+
+    try:
+        return read_trust(read_file(path, _MAX_FILE_BYTES).decode())
+    except UnicodeDecodeError as error:
+        raise WrongValue(str(path), f"{TRUST_FILE}, which is text in UTF-8") from error
+    except MalformedMessage as error:
+        raise WrongValue(str(path), f"{TRUST_FILE} ({error})") from error
 
 
 def parse_public_key(text: str) -> PublicKey:

@@ -11,6 +11,12 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
+
+from broker.protocol.files import refused_by_system
+
+_SOURCE_DAMAGED: Final = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
+"""What SQLite finds in what it reads, and never in the copy that it has just begun."""
 
 
 class CopyError(Exception):
@@ -19,12 +25,19 @@ class CopyError(Exception):
 
 @contextmanager
 def reading(source: Path) -> Iterator[sqlite3.Connection]:
-    """The database as it is at the first read inside, whoever goes on writing. Raises CopyError, sqlite3.Error."""
+    """The database as it is from now on, whoever goes on writing. Raises CopyError, sqlite3.Error."""
     if not source.is_file():
-        raise CopyError(f"{source}: there is no such database")
-    database = sqlite3.connect(f"{source.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
+        raise CopyError(f"{source}: there is no such database; check the path")
     try:
-        database.execute("BEGIN")
+        database = sqlite3.connect(f"{source.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
+    except sqlite3.Error as error:
+        raise CopyError(f"{source}: {error}; check who may read it") from error
+    try:
+        try:
+            database.execute("BEGIN")
+            database.execute("SELECT 1 FROM sqlite_master").fetchone()
+        except sqlite3.Error as error:
+            raise CopyError(f"{source} cannot be read ({error}); restore it from an earlier copy") from error
         yield database
     finally:
         database.close()
@@ -48,8 +61,12 @@ def copy_database(source: sqlite3.Connection, target: Path) -> None:
         flush_file(partial)
         partial.rename(target)
         flush_directory(target.parent)
-    except (OSError, sqlite3.Error) as error:
+    except sqlite3.DatabaseError as error:
+        if error.sqlite_errorname in _SOURCE_DAMAGED:
+            raise CopyError(f"{target}: the original is damaged ({error}); restore it from an earlier copy") from error
         raise CopyError(f"cannot be copied to {target}: {error}; free disk space, or check the disk") from error
+    except OSError as error:
+        raise CopyError(f"cannot be copied: {refused_by_system(error)}") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -100,7 +117,9 @@ def new_directory(out: Path) -> Iterator[Path]:
         yield partial
         partial.rename(out)
         flush_directory(out.parent)
-    except (OSError, sqlite3.Error) as error:
+    except OSError as error:
+        raise CopyError(f"{out} cannot be written: {refused_by_system(error)}") from error
+    except sqlite3.Error as error:
         raise CopyError(f"{out} cannot be written: {error}; free disk space, or check the disk") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -16,14 +16,13 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from broker.protocol.codec import is_name
+from broker.protocol.files import read_file
 from broker.protocol.limits import MAX_NAME_CHARACTERS
 
 T = TypeVar("T")
 
 MAX_CONFIG_BYTES: Final = 4_194_304
 """A config with ten thousand consumers is about 2 MB; anything larger is not a config."""
-
-_PIECE_BYTES: Final = 65_536
 
 
 class ConfigError(Exception):
@@ -73,19 +72,17 @@ class OneName:
 def load_config(path: Path, cls: type[T]) -> T:
     """Read the TOML file `path` as the dataclass `cls`. Raises ConfigError."""
     try:
-        raw = bytearray()
-        with path.open("rb") as file:
-            # In pieces, because Python reserves as much as it is told to read, and an agent has little.
-            while len(raw) <= MAX_CONFIG_BYTES and (piece := file.read(_PIECE_BYTES)):
-                raw += piece
+        data = tomllib.loads(read_file(path, MAX_CONFIG_BYTES).decode())
     except OSError as error:
-        raise ConfigError(path, "", f"a readable file ({error.strerror})") from error
-    if len(raw) > MAX_CONFIG_BYTES:
-        raise ConfigError(path, "", f"at most {MAX_CONFIG_BYTES} bytes")
-    try:
-        data = tomllib.loads(raw.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(path, "", f"TOML in UTF-8 ({error})") from error
+        raise ConfigError(
+            path, "", f"a readable file ({error.strerror}); check the path and who may read it"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(path, "", f"TOML, which is text in UTF-8, and byte {error.start} is not") from error
+    except RecursionError as error:
+        raise ConfigError(path, "", "TOML with fewer brackets within each other") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(path, "", f"TOML ({error})") from error
     return build(data, cls, path)
 
 
@@ -147,7 +144,7 @@ def _value(data: Any, hint: Any, file: Path, key: str) -> Any:
         }
     if is_dataclass(hint):
         return _table(data, hint, file, key)  # type: ignore[arg-type]
-    if hint is Path and type(data) is str and data:
+    if hint is Path and type(data) is str and data and "\0" not in data:
         return file.parent / data
     if hint is float and type(data) is int:
         return float(data)

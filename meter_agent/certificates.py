@@ -65,7 +65,7 @@ def fetch(config: AgentConfig, meter: str, key: PrivateKey, period: tuple[int, i
     settings, topics = config.agent, Topics(config.mqtt.root)
     request = CertificateRequest(meter, os.urandom(REQUEST_ID_BYTES), *period)
     broker = Signer(settings.broker.name, settings.broker.public_key())
-    beside = out.with_name(out.name + ".part")
+    beside = out.parent / f"{out.name}.part"
     beside.write_bytes(b"")
     answers = topics.meter(broker.name, meter, "certificate-part")
     link = MqttLink(config.mqtt, f"certificate-{request.request_id.hex()}", [(answers, 1)])

@@ -13,11 +13,12 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from broker.protocol.command_line import not_text, shown, time_s, whole_number
 from broker.protocol.errors import KeyFileError
+from broker.protocol.files import refused_by_system
 from firmware_config.loader import ConfigError, WrongValue
 from meter_agent.config import AgentConfig, load_agent_config
 from meter_agent.installer import commands
@@ -36,7 +37,11 @@ _EXIT_CODES: Final = "exit codes: 0 it worked, 1 it failed while running, 2 wron
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code. argparse ends with SystemExit(2) for a wrong one."""
-    options = _parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    fault = not_text(given)
+    if fault is not None:
+        return _fail(fault, EXIT_USAGE)
+    options = _parser().parse_args(given)
     try:
         code: int = options.command(options)
     except (ConfigError, KeyFileError, commands.WrongOptions) as error:
@@ -73,16 +78,18 @@ def _parser() -> argparse.ArgumentParser:
         adder, "status", _status, "show readings, outbox, connection, clock and faults, from the agent and its journal"
     )
     status.add_argument("--meter", metavar="NAME", help="only this meter")
-    status.add_argument("--last", metavar="N", type=_count, default=10, help="how many of each list (default 10)")
+    status.add_argument(
+        "--last", metavar="N", type=whole_number(1, 100_000), default=10, help="how many of each list (default 10)"
+    )
     status.add_argument("--json", action="store_true", help="one JSON object")
     certificate = _add(
         adder, "certificate", _certificate, "ask the broker for the certificate of a consumer's meter, and write it"
     )
     certificate.add_argument("--meter", metavar="NAME", required=True, help="the consumer's meter")
     certificate.add_argument(
-        "--from", dest="from_s", metavar="TIME", type=_time, required=True, help="for example 2026-01-01T00:00:00Z"
+        "--from", dest="from_s", metavar="TIME", type=time_s, required=True, help="for example 2026-01-01T00:00:00Z"
     )
-    certificate.add_argument("--to", dest="to_s", metavar="TIME", type=_time, required=True, help="end, not included")
+    certificate.add_argument("--to", dest="to_s", metavar="TIME", type=time_s, required=True, help="end, not included")
     certificate.add_argument("--out", metavar="FILE", type=Path, required=True, help="where to write the certificate")
     certificate.add_argument(
         "--timeout", metavar="S", type=_seconds, default=600.0, help="seconds to wait for it (default 600)"
@@ -120,7 +127,12 @@ def _add_scan(adder: Any) -> None:
     scan.add_argument("--host", metavar="HOST", help="a Modbus TCP meter or gateway")
     ids_help = "device ids to ask, for example 1-16,200 (default 1-247)"
     scan.add_argument("--ids", metavar="IDS", type=commands.device_ids, default="1-247", help=ids_help)
-    scan.add_argument("--baud", metavar="BAUD", type=int, help="only this baud rate (default: those of the profiles)")
+    scan.add_argument(
+        "--baud",
+        metavar="BAUD",
+        type=whole_number(1, 4_000_000),
+        help="only this baud rate (default: those of the profiles)",
+    )
     scan.add_argument("--parity", choices=("N", "E", "O"), help="only this parity")
     scan.add_argument("--profile", metavar="NAME", help="try only this profile")
     scan.add_argument(
@@ -181,18 +193,21 @@ def _add_simulate(adder: Any) -> None:
     simulate.add_argument("--pty", metavar="LINK", type=Path, help="serve Modbus RTU on a pseudo-terminal of this name")
     for counter, energy_wh in (("import", 1_234_000), ("export", 567_000)):
         start = f"what the {counter} counter shows at first (default {energy_wh})"
-        simulate.add_argument(f"--{counter}-wh", metavar="WH", type=_watt_hours, default=energy_wh, help=start)
+        simulate.add_argument(f"--{counter}-wh", metavar="WH", type=whole_number(0), default=energy_wh, help=start)
     simulate.add_argument(
-        "--power-w", metavar="W", type=int, default=0, help="counts on by this power, negative for export"
+        "--power-w", metavar="W", type=whole_number(), default=0, help="counts on by this power, negative for export"
     )
     simulate.add_argument("--serial", metavar="NUMBER", help="serial number (default 1000 + device id)")
     simulate.add_argument("--json", action="store_true", help="say where it serves as one JSON object")
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
     if not 0.01 <= seconds <= 3_600:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"expected seconds from 0.01 to 3600, got {shown(text)}")
     return seconds
 
 
@@ -200,32 +215,9 @@ def _seconds_or_none(text: str) -> float:
     return 0.0 if text == "0" else _seconds(text)
 
 
-def _watt_hours(text: str) -> int:
-    energy_wh = int(text)
-    if not 0 <= energy_wh < 2**53:
-        raise ValueError(text)
-    return energy_wh
-
-
 def _tcp(text: str) -> tuple[str, int]:
     host, _, port = text.rpartition(":")
-    if not 0 <= int(port) <= 65_535:
-        raise ValueError(text)
-    return host or "127.0.0.1", int(port)
-
-
-def _count(text: str) -> int:
-    count = int(text)
-    if not 1 <= count <= 100_000:
-        raise ValueError(text)
-    return count
-
-
-def _time(text: str) -> int:
-    moment = datetime.fromisoformat(text)
-    if moment.tzinfo is None:
-        raise ValueError(text)
-    return int(moment.timestamp())
+    return host or "127.0.0.1", whole_number(0, 65_535)(port)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -244,9 +236,6 @@ def _run(options: argparse.Namespace) -> int:
         agent = Agent(config, readers, clock)
     except JournalError as error:
         return _fail(str(error), EXIT_FAILED)
-    except OSError as error:
-        # What else can be wrong with certificates and keys: ssl says it as an OSError.
-        return _fail(f"{options.config}: mqtt: {error}; check ca_file, certificate_file and key_file", EXIT_USAGE)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: agent.stop())
     try:
@@ -342,8 +331,10 @@ def _certificate(options: argparse.Namespace) -> int:
     key = load_private_key(config.meters[meter].key_file)
     try:
         fetch(config, meter, key, (options.from_s, options.to_s), options.out, options.timeout)
-    except (NoCertificate, OSError) as error:
+    except NoCertificate as error:
         return _fail(str(error), EXIT_FAILED)
+    except OSError as error:
+        return _fail(refused_by_system(error), EXIT_FAILED)
     print(f"{options.out}: check it with `energy-broker certificate verify {options.out} --trust TRUST.json`")
     return EXIT_OK
 
@@ -367,7 +358,9 @@ def _readers(path: Path, config: AgentConfig, clock: "AgentClock") -> "dict[str,
 
 
 def _check_mqtt_files(path: Path, config: AgentConfig) -> None:
-    """Raises ConfigError for a file that the MQTT settings name and that cannot be read."""
+    """Raises ConfigError and KeyFileError for a file that the MQTT settings name and that cannot be used."""
+    from broker.protocol.mqtt_link import check_files
+
     servers = {"mqtt": config.mqtt}
     if config.home_assistant is not None and config.home_assistant.mqtt is not None:
         servers["home_assistant.mqtt"] = config.home_assistant.mqtt
@@ -376,6 +369,7 @@ def _check_mqtt_files(path: Path, config: AgentConfig) -> None:
             file = getattr(server, key)
             if file is not None and not os.access(file, os.R_OK):
                 raise ConfigError(path, f"{where}.{key}", f"a file that this user can read, and {file} is none")
+        check_files(server)
 
 
 def _fail(text: str, code: int) -> int:

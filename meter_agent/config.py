@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Final, Literal, TypeAlias
 
+from broker.protocol.addresses import Host, Port
 from broker.protocol.errors import MalformedMessage
 from broker.protocol.keys import PublicKey, public_key_from_cose
 from broker.protocol.mqtt_link import MqttConfig
@@ -25,8 +26,8 @@ class ModbusTcpConfig:
 
     protocol: Literal["modbus_tcp"]
     profile: str
-    host: str
-    port: Annotated[int, Between(1, 65_535)] = 502
+    host: Annotated[str, Host()]
+    port: Annotated[int, Port()] = 502
     device_id: Annotated[int, Between(0, 255)] = 1
     timeout_s: Annotated[float, Between(0.05, 60)] = 2.0
 

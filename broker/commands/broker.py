@@ -4,10 +4,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from broker.commands.common import DONE, add_command, add_config_option, print_csv, print_row
+from broker.commands.common import DONE, add_command, add_config_option, print_csv, print_row, read_statement
 from broker.config import load_broker_config, load_genesis
 from broker.protocol.keys import load_private_key
 from broker.protocol.messages import NamedKey
+from broker.protocol.mqtt_link import check_files
 from firmware_config.loader import ConfigError
 
 
@@ -53,6 +54,7 @@ def _check_config(options: argparse.Namespace) -> int:
         path: Path | None = getattr(config.mqtt, key_name)
         if path is not None and not path.is_file():
             raise ConfigError(options.config, f"mqtt.{key_name}", f"a file that is there, not {path}")
+    check_files(config.mqtt)
     print(f"{options.config}: broker {config.broker.name} on ledger {genesis.ledger}: fine")
     return DONE
 
@@ -65,7 +67,7 @@ def _submit(options: argparse.Namespace) -> int:
     store = BrokerStore(config.database)
     try:
         for path in options.statements:
-            print(f"{path}: {add_statement(store, path.read_bytes()).name.lower()}, kept for the ledger")
+            print(f"{path}: {add_statement(store, read_statement(path)).name.lower()}, kept for the ledger")
     finally:
         store.close()
     return DONE

@@ -11,12 +11,13 @@ from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, Final, TextIO
+from typing import Any, Final, TextIO, TypeVar
 
 from broker.config import load_genesis, parse_public_key
 from broker.ledger.operations import Operation
-from broker.protocol.envelope import seal
+from broker.protocol.envelope import parse, seal
 from broker.protocol.errors import MalformedMessage
+from broker.protocol.files import read_file
 from broker.protocol.keys import load_private_key
 from broker.protocol.messages import Message, NamedKey
 from broker.protocol.sources import Source, SourceGroup
@@ -27,6 +28,13 @@ FAILED: Final = 1
 USAGE: Final = 2
 
 _NUMBER: Final = re.compile(r"-|-?[0-9]+(\.[0-9]+)?")
+
+MAX_INPUT_BYTES: Final = 2**30
+"""A certificate of a year and a proof of a large batch take some tens of megabytes."""
+
+_STATEMENT: Final = "a signed statement as `energy-broker registrar` and `energy-broker provider` write them"
+
+T = TypeVar("T")
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -74,12 +82,26 @@ def named_key(text: str) -> NamedKey:
     return NamedKey(name, parse_public_key(key).cose_key)
 
 
-def not_negative(text: str) -> int:
-    """A whole number of 0 or more, as an argument's type."""
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"expected 0 or more, got {number}")
-    return number
+def read_as(path: Path, what: str, read: Callable[[bytes], T]) -> T:
+    """What `read` makes of a file; `what` it should be, and the command that makes one, is for the error.
+
+    Raises OSError, and WrongValue that names the file.
+    """
+    raw = read_file(path, MAX_INPUT_BYTES)
+    try:
+        return read(raw)
+    except MalformedMessage as error:
+        raise WrongValue(str(path), f"{what} ({error})") from error
+
+
+def read_statement(path: Path) -> bytes:
+    """A signed statement as it is, once it is known to be sealed. Raises OSError, WrongValue."""
+    return read_as(path, _STATEMENT, _sealed)
+
+
+def _sealed(raw: bytes) -> bytes:
+    parse(raw)
+    return raw
 
 
 def ppm_of(option: str, percent: str) -> int:
@@ -93,15 +115,9 @@ def ppm_of(option: str, percent: str) -> int:
     return int(ppm)
 
 
-def time_of(text: str) -> int:
-    """UTC epoch seconds of an ISO 8601 time with its zone."""
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise WrongValue("time", f"for example 2026-01-31T00:00:00Z, got {text!r}") from None
-    if moment.tzinfo is None:
-        raise WrongValue("time", f"a time with its zone, for example {text}Z")
-    return int(moment.astimezone(UTC).timestamp())
+def counted(count: int, noun: str) -> str:
+    """`1 operation`, `2 operations`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def print_row(row: dict[str, Any], *, as_json: bool) -> None:

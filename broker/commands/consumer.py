@@ -5,10 +5,11 @@ import sys
 import time
 from typing import Any
 
-from broker.commands.common import DONE, add_command, add_config_option, add_group, not_negative
+from broker.commands.common import DONE, add_command, add_config_option, add_group
 from broker.commands.consumer_contract import add_contract_options, contract_of, contract_sentence
 from broker.config import load_broker_config, load_genesis, parse_public_key
 from broker.market.contracts import Contract
+from broker.protocol.command_line import whole_number
 
 
 def add_commands(commands: Any) -> None:
@@ -24,7 +25,7 @@ def add_commands(commands: Any) -> None:
         add_contract_options(parser, from_required=parser is contract)
     add.add_argument(
         "--expect-wh-a-day",
-        type=not_negative,
+        type=whole_number(0),
         default=10_000,
         metavar="WH",
         help="consumption to hold the contract against what was left over lately; default 10000",

@@ -2,9 +2,10 @@
 
 import argparse
 
-from broker.commands.common import ppm_of, time_of
+from broker.commands.common import ppm_of
 from broker.market.contracts import Contract, ShortageChoice, make_contract
 from broker.market.windows import Window
+from broker.protocol.command_line import time_s, whole_number
 from broker.protocol.messages import Genesis
 from broker.protocol.sources import SourceGroup
 from firmware_config.loader import WrongValue
@@ -42,7 +43,10 @@ def add_contract_options(parser: argparse.ArgumentParser, *, from_required: bool
         "--exclude", action="append", default=[], metavar="PROVIDER", help="a provider whose energy is not taken"
     )
     parser.add_argument(
-        "--highest-price", type=int, metavar="PRICE", help="energy above this is not taken, µ-currency per kWh"
+        "--highest-price",
+        type=whole_number(0),
+        metavar="PRICE",
+        help="energy above this is not taken, µ-currency per kWh",
     )
     parser.add_argument(
         "--ceiling",
@@ -54,13 +58,18 @@ def add_contract_options(parser: argparse.ArgumentParser, *, from_required: bool
     parser.add_argument("--area", metavar="NAME", help="default: the ledger's first area")
     parser.add_argument(
         "--from",
-        dest="from_time",
+        dest="from_s",
+        type=time_s,
         required=from_required,
         metavar="TIME",
         help="applies to intervals from then on, for example 2026-01-31T00:00:00Z",
     )
     parser.add_argument(
-        "--until", dest="until_time", metavar="TIME", help="does not apply any more from then on; default: no end"
+        "--until",
+        dest="until_s",
+        type=time_s,
+        metavar="TIME",
+        help="does not apply any more from then on; default: no end",
     )
 
 
@@ -76,7 +85,7 @@ def contract_of(options: argparse.Namespace, genesis: Genesis) -> Contract:
     except KeyError:
         raise WrongValue("--window", "interval, day or month") from None
     return make_contract(
-        time_of(options.from_time) if options.from_time is not None else 0,
+        options.from_s or 0,
         [_share(text) for text in options.line],
         shortage,
         area=options.area or genesis.areas[0],
@@ -86,7 +95,7 @@ def contract_of(options: argparse.Namespace, genesis: Genesis) -> Contract:
         excluded_providers=options.exclude,
         price_ceilings=[_ceiling(text) for text in options.ceiling],
         window=window,
-        valid_until_s=time_of(options.until_time) if options.until_time is not None else None,
+        valid_until_s=options.until_s,
     )
 
 

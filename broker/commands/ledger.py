@@ -10,6 +10,7 @@ from typing import Any
 from broker.commands import copies, ledger_audit, ledger_compare, ledger_network, ledger_proofs, ledger_verify, privacy
 from broker.commands.common import DONE, add_command, add_group, named_key, plain, print_row
 from broker.config import load_genesis
+from broker.protocol.command_line import whole_number
 from broker.protocol.errors import MalformedMessage
 from broker.protocol.market_time import MarketCalendar
 from broker.protocol.messages import Genesis
@@ -22,12 +23,14 @@ def add_commands(commands: Any) -> None:
     genesis = add_command(group, "genesis", "Write the genesis file that a ledger is founded on.", _ledger_genesis)
     genesis.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write it")
     genesis.add_argument("--ledger", required=True, metavar="ID", help="the ledger's name")
-    genesis.add_argument("--interval-s", type=int, default=1800, help="market interval: 900, 1800 (default) or 3600")
-    genesis.add_argument("--gate-1-s", type=int, default=600, help="gate 1, after the end of an interval")
-    genesis.add_argument("--gate-2-s", type=int, default=1200, help="gate 2, after the end of an interval")
+    genesis.add_argument(
+        "--interval-s", type=whole_number(1), default=1800, help="market interval: 900, 1800 (default) or 3600"
+    )
+    genesis.add_argument("--gate-1-s", type=whole_number(0), default=600, help="gate 1, after the end of an interval")
+    genesis.add_argument("--gate-2-s", type=whole_number(0), default=1200, help="gate 2, after the end of an interval")
     genesis.add_argument(
         "--correction-deadline-s",
-        type=int,
+        type=whole_number(0),
         default=90 * 86_400,
         help="until when readings can be corrected; default: 90 days",
     )

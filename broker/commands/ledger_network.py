@@ -10,6 +10,8 @@ from typing import Any
 
 from broker.commands.common import DONE, FAILED, add_command, add_group
 from broker.config import load_genesis
+from broker.protocol.addresses import Address, Host
+from broker.protocol.command_line import whole_number
 from broker.protocol.keys import generate_private_key, load_private_key, save_private_key
 from broker.protocol.messages import Genesis, NamedKey
 from firmware_config.loader import ConfigError, WrongValue
@@ -40,7 +42,9 @@ def add_commands(group: Any) -> None:
         group, "testnet", "Set up a network on this machine, for trying it out, and run it until SIGTERM.", _testnet
     )
     testnet.add_argument("--path", type=Path, required=True, metavar="DIR", help="where it is made, or was made before")
-    testnet.add_argument("--validators", type=int, default=4, metavar="N", help="how many nodes; default: %(default)s")
+    testnet.add_argument(
+        "--validators", type=whole_number(1, 64), default=4, metavar="N", help="how many nodes; default: %(default)s"
+    )
     testnet.add_argument("--ledger", default="testnet", metavar="ID", help="name of a new ledger; default: %(default)s")
     testnet.add_argument("--area", default="home", metavar="NAME", help="market area of a new ledger")
     testnet.add_argument(
@@ -67,6 +71,14 @@ def _node_init(options: argparse.Namespace) -> int:
     if any((named.name == options.name) != (named.key == key.public.cose_key) for named in genesis.validators):
         raise WrongValue("--name", f"a validator of ledger {genesis.ledger} with its --key, or a name of none of them")
     ed25519_public_bytes(key.public)
+    for option, rule, given in (
+        ("--host", Host(), options.host),
+        ("--listen", Address(), options.listen),
+        ("--rpc", Address(), options.rpc),
+    ):
+        expected = rule.check(given)
+        if expected is not None:
+            raise WrongValue(option, expected)
     config = NodeConfig(
         options.genesis.resolve(),
         options.name,
@@ -131,8 +143,6 @@ def _genesis_and_keys(options: argparse.Namespace) -> tuple[Path, Path]:
         if options.keys is None:
             raise WrongValue("--keys", "the folder with the private key of each validator of --genesis")
         return options.genesis, options.keys
-    if not 1 <= options.validators <= 64:
-        raise WrongValue("--validators", f"1 to 64, got {options.validators}")
     named = []
     for name in ("registrar", *(f"validator-{number + 1}" for number in range(options.validators))):
         key = generate_private_key()

@@ -2,20 +2,22 @@
 
 import argparse
 import json
-import sqlite3
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from broker.commands.common import DONE, FAILED, add_command
+from broker.commands.common import DONE, FAILED, add_command, counted, read_as
+from broker.config import load_trust
 from broker.ledger.certificate import Certificate, is_certificate
 from broker.ledger.commit import CertifiedHeader
 from broker.ledger.proofs import OperationsProof, Proof, read_proof
 from broker.ledger.receipts import ProofFailed
 from broker.ledger.trust import Trust, read_trust, trust_of
 from broker.ledger.witness import Equivocation
+from broker.protocol import envelope
+from broker.protocol.command_line import shown, whole_number
 from broker.protocol.messages import Checkpoint, Genesis
 from firmware_config.loader import WrongValue
 
@@ -23,7 +25,13 @@ if TYPE_CHECKING:
     from broker.ledger.proving import Prover
 
 
+_PROOF: Final = "a proof as `energy-broker ledger prove` writes it, or a certificate of `energy-broker ledger certify`"
+_CHECKPOINT: Final = "a checkpoint as `energy-broker ledger checkpoint` writes it"
+_CERTIFICATE: Final = "a network's certificate as `energy-broker ledger certify` writes it"
+_EVIDENCE: Final = "the evidence that a broker wrote when it stopped, `evidence-….cbor` beside its database"
+
 _ANSWER_LIMIT_S: Final = 5.0
+_COUNTED: Final = whole_number(0)
 _CERTIFY_LIMIT_S: Final = 10.0
 """For a network that is at work; an idle one answers at once."""
 
@@ -43,7 +51,7 @@ def add_commands(group: Any) -> None:
     what.add_argument(
         "--operation", metavar="HEIGHT/INDEX", help="one operation: the block's height, and its place there from 0"
     )
-    what.add_argument("--leaf", type=int, metavar="N", help="one operation, by its place among all from 0")
+    what.add_argument("--leaf", type=whole_number(0), metavar="N", help="one operation, by its place among all from 0")
     what.add_argument("--batch", metavar="ID", help="all operations of a batch, by its id in hex")
     what.add_argument("--since", type=Path, metavar="FILE", help="a checkpoint that was written earlier")
     prove.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the proof")
@@ -79,7 +87,7 @@ def _checkpoint(options: argparse.Namespace) -> int:
 
 
 def _prove(options: argparse.Namespace) -> int:
-    older = options.since.read_bytes() if options.since is not None else None
+    older = read_as(options.since, _CHECKPOINT, _checked) if options.since is not None else None
     batch_id = _hex(options.batch) if options.batch is not None else None
     place = _place(options.operation) if options.operation is not None else None
     with _prover(options.path) as (prover, trust):
@@ -99,19 +107,19 @@ def _prove(options: argparse.Namespace) -> int:
 
 
 def _check_proof(options: argparse.Namespace) -> int:
-    trust = read_trust(options.trust.read_text())
-    raw = options.proof.read_bytes()
-    if is_certificate(raw):
-        certificate = Certificate.from_bytes(raw)
-        proven, verdict = _certified(certificate, certificate.check(trust))
+    trust = load_trust(options.trust)
+    proof = read_as(options.proof, _PROOF, _read_proof)
+    if isinstance(proof, Certificate):
+        proven, verdict = _certified(proof, proof.check(trust))
         print(json.dumps(proven) if options.json else f"{options.proof}: {verdict}")
         return DONE
-    proof = read_proof(raw)
     if isinstance(proof, OperationsProof):
         checkpoint, validator = proof.check(trust)
         proven = _operations(proof, checkpoint, validator)
+        count = len(proof.operations)
         verdict = (
-            f"{len(proof.operations)} operations stand on ledger {trust.ledger} at height {checkpoint.height},"
+            f"{counted(count, 'operation')} {'stands' if count == 1 else 'stand'} on ledger {trust.ledger}"
+            f" at height {checkpoint.height},"
             f" block {checkpoint.block_id.hex()}, signed by {validator}"
         )
     else:
@@ -119,11 +127,11 @@ def _check_proof(options: argparse.Namespace) -> int:
         proven = {"older_height": older.height, "newer_height": newer.height, "root": newer.root.hex()}
         verdict = (
             f"height {newer.height} of ledger {trust.ledger} goes on from height {older.height}:"
-            f" its first {older.tree_size} operations are the same"
+            f" with what stood there unchanged, {counted(older.tree_size, 'operation')}"
         )
         checkpoint = newer
     if options.certificate is not None:
-        certificate = Certificate.from_bytes(options.certificate.read_bytes())
+        certificate = read_as(options.certificate, _CERTIFICATE, Certificate.from_bytes)
         certified = _certified(certificate, certificate.check(trust))
         if certificate.block_id != checkpoint.block_id:
             raise ProofFailed(
@@ -139,12 +147,12 @@ def _certify(options: argparse.Namespace) -> int:
     from broker.ledger.cometbft.certify import certify
     from broker.ledger.cometbft.rpc import HttpNode, NodeError
 
-    trust = read_trust(options.trust.read_text())
+    trust = load_trust(options.trust)
     node = HttpNode(options.node, _ANSWER_LIMIT_S)
     try:
         certificate = certify(node, trust.ledger, _CERTIFY_LIMIT_S)
     except NodeError as error:
-        print(f"energy-broker: ledger node {error}", file=sys.stderr)
+        print(f"energy-broker: ledger node {error}; check --node, and that the node runs", file=sys.stderr)
         return FAILED
     finally:
         node.close()
@@ -170,14 +178,24 @@ def _certified(certificate: Certificate, header: CertifiedHeader) -> tuple[dict[
 
 
 def _evidence(options: argparse.Namespace) -> int:
-    trust = read_trust(options.trust.read_text())
-    for statement in Equivocation.from_bytes(options.evidence.read_bytes()).check(trust):
+    trust = load_trust(options.trust)
+    for statement in read_as(options.evidence, _EVIDENCE, Equivocation.from_bytes).check(trust):
         print(
             f"{options.evidence}: {statement.signer} signed for height {statement.height} of ledger {trust.ledger}:"
             f" block {statement.block_id.hex()}, state {statement.state_hash.hex()}"
         )
     print(f"{options.evidence}: both cannot be true; the ledger has two histories, or a validator's key is used twice")
     return DONE
+
+
+def _checked(raw: bytes) -> bytes:
+    """The sealed checkpoint as it is, once it is known to be one."""
+    Checkpoint.from_payload(envelope.parse(raw).payload)
+    return raw
+
+
+def _read_proof(raw: bytes) -> Proof | Certificate:
+    return Certificate.from_bytes(raw) if is_certificate(raw) else read_proof(raw)
 
 
 def _operations(proof: OperationsProof, checkpoint: Checkpoint, validator: str) -> dict[str, Any]:
@@ -194,35 +212,27 @@ def _operations(proof: OperationsProof, checkpoint: Checkpoint, validator: str) 
 @contextmanager
 def _prover(path: Path) -> Iterator[tuple["Prover", Trust]]:
     """A prover over the ledger directory and what its own genesis says to trust; an engine may run on it meanwhile."""
+    from broker.ledger.inspect import opened
     from broker.ledger.opening import charter_of
     from broker.ledger.proving import Prover
     from broker.ledger.rules.validators import validators_now
-    from broker.ledger.store import FILE_NAME, LedgerError, Store
 
-    if not (path / FILE_NAME).is_file():
-        raise LedgerError(path, f"holds no {FILE_NAME}; give the ledger's directory")
-    store = Store.open_read_only(path / FILE_NAME)
-    try:
-        with store.snapshot():
-            genesis = Genesis.from_bytes(store.meta("genesis") or b"")
-            now = validators_now(store, charter_of(genesis))
-            yield Prover(store, genesis.ledger), read_trust(json.dumps(trust_of(genesis, now)))
-    except (sqlite3.Error, IndexError, ValueError) as error:
-        raise LedgerError(path, f"cannot be read: {error}; run `energy-broker ledger verify` on it") from error
-    finally:
-        store.close()
+    with opened(path) as store:
+        genesis = Genesis.from_bytes(store.meta("genesis") or b"")
+        now = validators_now(store, charter_of(genesis))
+        yield Prover(store, genesis.ledger), read_trust(json.dumps(trust_of(genesis, now)))
 
 
 def _place(text: str) -> tuple[int, int]:
     height, _, number = text.partition("/")
     try:
-        return int(height), int(number)
-    except ValueError:
-        raise WrongValue("--operation", f"HEIGHT/INDEX, for example 12/0, got {text!r}") from None
+        return _COUNTED(height), _COUNTED(number)
+    except argparse.ArgumentTypeError:
+        raise WrongValue("--operation", f"HEIGHT/INDEX, for example 12/0, got {shown(text)}") from None
 
 
 def _hex(text: str) -> bytes:
     try:
         return bytes.fromhex(text)
     except ValueError:
-        raise WrongValue("--batch", f"a batch's id in hex, got {text!r}") from None
+        raise WrongValue("--batch", f"a batch's id in hex, got {shown(text)}") from None

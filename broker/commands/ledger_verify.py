@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
-from broker.commands.common import DONE, FAILED, add_command
+from broker.commands.common import DONE, FAILED, add_command, counted
 
 if TYPE_CHECKING:
     from broker.ledger.verify import Progress
@@ -62,7 +62,11 @@ def _ledger_verify(options: argparse.Namespace) -> int:
             f" {report.certified_height} and all before",
             file=sys.stderr,
         )
-    verdict = "all of it holds" if report.ok else f"{len(report.errors)} faults; restore it from a copy that verifies"
+    verdict = (
+        "all of it holds"
+        if report.ok
+        else f"{counted(len(report.errors), 'fault')}; restore it from a copy that verifies"
+    )
     print(
         f"{options.path}: ledger {report.ledger}, height {report.height}, head {report.block_id.hex()},"
         f" state {report.state_hash.hex()}: {verdict}"

@@ -3,8 +3,8 @@
 import argparse
 from datetime import UTC, datetime
 
-from broker.commands.common import time_of
 from broker.market.windows import DAY_S, Span, Window, window_span
+from broker.protocol.command_line import shown, time_s
 from broker.protocol.market_time import Interval
 from firmware_config.loader import WrongValue
 
@@ -14,19 +14,23 @@ def add_period_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--month", metavar="MONTH", help="a month in UTC, for example 2026-01")
     parser.add_argument("--day", metavar="DAY", help="a day in UTC, for example 2026-01-31")
     parser.add_argument(
-        "--from", dest="from_time", metavar="TIME", help="in place of both: begin, for example 2026-01-31T00:00:00Z"
+        "--from",
+        dest="from_s",
+        type=time_s,
+        metavar="TIME",
+        help="in place of both: begin, for example 2026-01-31T00:00:00Z",
     )
-    parser.add_argument("--to", dest="to_time", metavar="TIME", help="end, not included")
+    parser.add_argument("--to", dest="to_s", type=time_s, metavar="TIME", help="end, not included")
 
 
 def period_of(options: argparse.Namespace) -> Span:
     """The period `[start_s, end_s)`. Raises WrongValue unless it is given in exactly one way."""
     given = [
         option
-        for option, value in (("--month", options.month), ("--day", options.day), ("--from", options.from_time))
+        for option, value in (("--month", options.month), ("--day", options.day), ("--from", options.from_s))
         if value is not None
     ]
-    if len(given) != 1 or (options.from_time is None) != (options.to_time is None):
+    if len(given) != 1 or (options.from_s is None) != (options.to_s is None):
         raise WrongValue("--month", "a period: --month, or --day, or --from and --to")
     if options.month is not None:
         begin_s = _day_s("--month", f"{options.month}-01", "2026-01")
@@ -34,11 +38,11 @@ def period_of(options: argparse.Namespace) -> Span:
     if options.day is not None:
         begin_s = _day_s("--day", options.day, "2026-01-31")
         return Span(begin_s, begin_s + DAY_S)
-    return Span(time_of(options.from_time), time_of(options.to_time))
+    return Span(options.from_s, options.to_s)
 
 
 def _day_s(option: str, text: str, example: str) -> int:
     try:
         return int(datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC).timestamp())
     except ValueError:
-        raise WrongValue(option, f"for example {example}") from None
+        raise WrongValue(option, f"for example {example}, got {shown(text)}") from None

@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from broker.commands.common import DONE, FAILED, add_command, add_config_option, print_row
+from broker.commands.common import DONE, FAILED, MAX_INPUT_BYTES, add_command, add_config_option, counted, print_row
 from broker.config import load_broker_config, load_genesis
+from broker.protocol.files import read_file
 from firmware_config.loader import WrongValue
 
 
@@ -56,9 +57,10 @@ def _check(options: argparse.Namespace) -> int:
     from broker.service.disclosure import Disclosure, DisclosureError, check_disclosure, day_text
 
     try:
-        disclosure = Disclosure.from_json(options.file.read_text())
+        disclosure = Disclosure.from_json(read_file(options.file, MAX_INPUT_BYTES).decode())
     except (DisclosureError, UnicodeDecodeError) as error:
-        raise WrongValue(str(options.file), str(error)) from error
+        reason = str(error) if isinstance(error, DisclosureError) else "it is no text"
+        raise WrongValue(str(options.file), f"what `energy-broker disclose` gave out ({reason})") from error
     report = check_disclosure(disclosure, options.ledger)
     for interval in report.intervals:
         row = {
@@ -74,6 +76,6 @@ def _check(options: argparse.Namespace) -> int:
         print_row(row, as_json=options.json)
     for fault in report.faults:
         print(f"{options.file}: {fault}", file=sys.stderr)
-    verdict = "all of it fits the ledger" if not report.faults else f"{len(report.faults)} faults"
+    verdict = "all of it fits the ledger" if not report.faults else counted(len(report.faults), "fault")
     print(f"{options.file}: {report.meter} on {day_text(report.day)}: {verdict}", file=sys.stderr)
     return FAILED if report.faults else DONE

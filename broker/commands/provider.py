@@ -10,13 +10,13 @@ from broker.commands.common import (
     add_config_option,
     add_group,
     add_signing_options,
-    not_negative,
     ppm_of,
-    time_of,
+    read_statement,
     write_signed,
 )
 from broker.config import load_broker_config, load_genesis
 from broker.market.terms import make_terms
+from broker.protocol.command_line import time_s, whole_number
 from broker.protocol.messages import EndOfMandate, Mandate
 
 
@@ -29,14 +29,18 @@ def add_commands(commands: Any) -> None:
     add_signing_options(mandate, "the owner")
     mandate.add_argument("--device", required=True, metavar="NAME", help="the device")
     mandate.add_argument("--broker", required=True, metavar="NAME", help="who may take its energy")
-    mandate.add_argument("--from", dest="from_time", required=True, metavar="TIME", help="an interval's beginning")
+    mandate.add_argument(
+        "--from", dest="from_s", type=time_s, required=True, metavar="TIME", help="an interval's beginning"
+    )
     end = add_command(group, "end-mandate", "Sign the end of a mandate at a coming boundary.", _provider_end_mandate)
     add_signing_options(end, "the owner")
     end.add_argument("--device", required=True, metavar="NAME", help="the device")
-    end.add_argument("--at", required=True, metavar="TIME", help="an interval's beginning, still to come")
+    end.add_argument(
+        "--at", dest="at_s", type=time_s, required=True, metavar="TIME", help="an interval's beginning, still to come"
+    )
     add = add_command(group, "add", "Take devices under mandate from signed statements.", _provider_add)
     add_config_option(add)
-    add.add_argument("--price", type=not_negative, required=True, metavar="PRICE", help="µ-currency per kWh")
+    add.add_argument("--price", type=whole_number(0), required=True, metavar="PRICE", help="µ-currency per kWh")
     add.add_argument(
         "--reserve",
         default="0",
@@ -53,11 +57,11 @@ def add_commands(commands: Any) -> None:
 
 
 def _provider_mandate(options: argparse.Namespace) -> int:
-    return write_signed(options, Mandate(options.device, options.name, options.broker, time_of(options.from_time)))
+    return write_signed(options, Mandate(options.device, options.name, options.broker, options.from_s))
 
 
 def _provider_end_mandate(options: argparse.Namespace) -> int:
-    return write_signed(options, EndOfMandate(options.device, options.name, time_of(options.at)))
+    return write_signed(options, EndOfMandate(options.device, options.name, options.at_s))
 
 
 def _provider_add(options: argparse.Namespace) -> int:
@@ -73,7 +77,7 @@ def _provider_add(options: argparse.Namespace) -> int:
     )
     store = BrokerStore(config.database)
     try:
-        statements = [path.read_bytes() for path in options.statements]
+        statements = [read_statement(path) for path in options.statements]
         genesis = load_genesis(config.ledger.genesis_file)
         devices = add_provider(store, genesis, config.broker.name, statements, terms)
     finally:

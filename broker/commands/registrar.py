@@ -3,8 +3,9 @@
 import argparse
 from typing import Any
 
-from broker.commands.common import add_command, add_group, add_signing_options, time_of, write_signed
+from broker.commands.common import add_command, add_group, add_signing_options, write_signed
 from broker.config import parse_public_key
+from broker.protocol.command_line import time_s, whole_number
 from broker.protocol.messages import Admission, Carrier, Registration, Role
 from broker.protocol.sources import Source, source_from_label
 from firmware_config.loader import WrongValue
@@ -24,11 +25,18 @@ def add_commands(commands: Any) -> None:
     admit.add_argument("--owner", required=True, metavar="NAME", help="the provider that it belongs to")
     admit.add_argument("--meter-key", required=True, metavar="KEY", help="the public key of its meter")
     admit.add_argument("--source", required=True, metavar="SOURCE", help=", ".join(source.label for source in Source))
-    admit.add_argument("--capacity-w", required=True, type=int, metavar="W", help="what it can make at most")
+    admit.add_argument(
+        "--capacity-w", required=True, type=whole_number(1), metavar="W", help="what it can make at most"
+    )
     admit.add_argument("--area", required=True, metavar="NAME", help="the market area that it feeds")
     admit.add_argument("--place", default="", metavar="TEXT", help="where it stands; public, so coarse for a household")
     admit.add_argument(
-        "--commissioned", required=True, metavar="TIME", help="since when it runs, for example 2020-01-31T00:00:00Z"
+        "--commissioned",
+        dest="commissioned_s",
+        type=time_s,
+        required=True,
+        metavar="TIME",
+        help="since when it runs, for example 2020-01-31T00:00:00Z",
     )
 
 
@@ -51,6 +59,6 @@ def _registrar_admit(options: argparse.Namespace) -> int:
         options.capacity_w,
         options.area,
         options.place,
-        time_of(options.commissioned),
+        options.commissioned_s,
     )
     return write_signed(options, admission)

@@ -38,7 +38,7 @@ from broker.ledger.state import (
 from broker.ledger.store import FILE_NAME, LedgerError, Store
 from broker.ledger.trust import trust_of
 from broker.protocol import envelope
-from broker.protocol.errors import ProtocolError
+from broker.protocol.errors import MalformedMessage
 from broker.protocol.messages import Batch, Block, Carrier, Genesis, KeyHolder, Order
 from broker.protocol.sources import Source
 
@@ -335,5 +335,5 @@ def opened(path: Path) -> Iterator[Store]:
                 yield store
         finally:
             store.close()
-    except (sqlite3.Error, ProtocolError, ValueError) as error:
+    except (sqlite3.Error, MalformedMessage, ValueError, IndexError) as error:
         raise LedgerError(path, f"cannot be read: {error}; run `energy-broker ledger verify` on it") from error

@@ -79,8 +79,11 @@ def read_trust(text: str) -> Trust:
         raise MalformedMessage("trust file", f"at most {_MAX_CHARACTERS} characters")
     try:
         value: Any = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except json.JSONDecodeError as error:
         raise MalformedMessage("trust file", f"JSON as `energy-broker ledger trust` prints it ({error})") from error
+    except (ValueError, RecursionError) as error:
+        # A number of thousands of digits, or thousands of brackets within each other.
+        raise MalformedMessage("trust file", "JSON as `energy-broker ledger trust` prints it") from error
     if type(value) is not dict:
         raise MalformedMessage("trust file", "an object, as `energy-broker ledger trust` prints it")
     ledger = value.get("ledger")

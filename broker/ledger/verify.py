@@ -22,7 +22,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final
 
-from broker.ledger.certificate import CERTIFICATE_NAME, Certificate, Proven
+from broker.ledger.certificate import CERTIFICATE_NAME, MAX_CERTIFICATE_BYTES, Certificate, Proven
 from broker.ledger.chain import Head, genesis_hash
 from broker.ledger.directory import in_use, read_sealers
 from broker.ledger.merkle import nodes_in
@@ -39,6 +39,7 @@ from broker.ledger.validator_set import sets_around
 from broker.ledger.wal import log_fault
 from broker.protocol import envelope
 from broker.protocol.errors import ProtocolError
+from broker.protocol.files import read_file
 from broker.protocol.messages import Block, Genesis
 
 MAX_ERRORS: Final = 100
@@ -154,9 +155,12 @@ def _certificate(file: Path, needed: bool) -> Certificate | None:
     if not needed and not file.is_file():
         return None
     try:
-        return Certificate.from_bytes(file.read_bytes())
+        return Certificate.from_bytes(read_file(file, MAX_CERTIFICATE_BYTES))
     except (OSError, ProtocolError) as error:
-        raise LedgerError(file, f"no certificate of a network: {error}; get one with `ledger certify`") from error
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise LedgerError(
+            file, f"no certificate of a network: {reason}; get one with `energy-broker ledger certify`"
+        ) from error
 
 
 def _helpers_for(path: Path) -> int:

@@ -44,7 +44,10 @@ class Unsigned:
 
     def decode(self, data: Any, where: str) -> int:
         if type(data) is not int or not self.minimum <= data <= self.maximum:
-            raise MalformedMessage(where, f"an integer from {self.minimum} to {self.maximum}")
+            only = self.minimum == self.maximum
+            raise MalformedMessage(
+                where, str(self.minimum) if only else f"an integer from {self.minimum} to {self.maximum}"
+            )
         return data
 
 

@@ -40,7 +40,7 @@ class BadSignature(ProtocolError):
 
 
 class KeyFileError(Exception):
-    """A private key file that cannot be used. `path` names it."""
+    """A file with a key, certificate or password that cannot be used. `path` names it, the text says what to do."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(f"{path}: {reason}")

@@ -23,10 +23,12 @@ from cryptography.hazmat.primitives.hashes import SHA256, Hash
 
 from broker.protocol import cbor
 from broker.protocol.errors import KeyFileError, MalformedMessage
+from broker.protocol.files import read_file
 
 SIGNATURE_BYTES: Final = 64
 KEY_ID_BYTES: Final = 16
 _MAX_COSE_KEY_BYTES: Final = 128
+_MAX_KEY_FILE_BYTES: Final = 65_536
 
 # SEC 2, section 2.4.2: the order of the group of P-256.
 P256_ORDER: Final = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
@@ -148,9 +150,11 @@ def save_private_key(path: Path, key: PrivateKey) -> None:
 def load_private_key(path: Path) -> PrivateKey:
     """Read an Ed25519 or P-256 private key in PEM. Raises KeyFileError saying what is wrong and what to do."""
     try:
-        raw = path.read_bytes()
-    except OSError as error:
+        raw = read_file(path, _MAX_KEY_FILE_BYTES)
+    except FileNotFoundError as error:
         raise KeyFileError(str(path), f"{error.strerror}; make a key with `energy-broker key new {path}`") from error
+    except OSError as error:
+        raise KeyFileError(str(path), f"{error.strerror}; check the path and who may read it") from error
     usual = _usual_key(raw)
     if usual is not None:
         return _private(usual)
@@ -159,12 +163,14 @@ def load_private_key(path: Path) -> PrivateKey:
     try:
         key = serialization.load_pem_private_key(raw, password=None)
     except (ValueError, TypeError) as error:
-        raise KeyFileError(str(path), "not an unencrypted private key in PEM") from error
+        raise KeyFileError(
+            str(path), "not an unencrypted private key in PEM, as `energy-broker key new` makes one"
+        ) from error
     if isinstance(key, ed25519.Ed25519PrivateKey) or (
         isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, ec.SECP256R1)
     ):
         return _private(key)
-    raise KeyFileError(str(path), "expected an Ed25519 or P-256 key")
+    raise KeyFileError(str(path), "expected an Ed25519 or P-256 key, as `energy-broker key new` makes one")
 
 
 def _usual_key(pem: bytes) -> ed25519.Ed25519PrivateKey | None:

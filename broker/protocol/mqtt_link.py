@@ -23,8 +23,11 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple
 
+from broker.protocol.addresses import Host, Port
+from broker.protocol.errors import KeyFileError
+from broker.protocol.files import read_file
 from broker.protocol.lean_import import deferred
 from broker.protocol.limits import MAX_BLOCK_BYTES
 from broker.protocol.topics import DEFAULT_ROOT
@@ -51,6 +54,9 @@ sending while a turn is in work; and what a turn of so many needs fits into a pr
 SEND_AT_BYTES: Final = 65_536
 """So many bytes are not held back for more to come; about what a socket's send buffer takes at once."""
 
+_MAX_PASSWORD_BYTES: Final = 65_535
+"""More does not fit into CONNECT (OASIS MQTT 5.0, section 3.1.3.6)."""
+
 _PUBACK: Final = b"\x40\x02"
 _PUBLISH_QOS_0: Final = 0x30
 _RETAIN: Final = 0x01
@@ -60,8 +66,8 @@ _RETAIN: Final = 0x01
 class MqttConfig:
     """How to reach the MQTT server. TLS is on when `ca_file` is given; then TLS 1.3 or 1.2 with that CA only."""
 
-    host: str = "localhost"
-    port: int = 1883
+    host: Annotated[str, Host()] = "localhost"
+    port: Annotated[int, Port()] = 1883
     username: str | None = None
     password_file: Path | None = None
     ca_file: Path | None = None
@@ -94,7 +100,10 @@ class MqttLink:
         will: tuple[str, bytes] | None = None,
         receive_maximum: int = DEFAULT_RECEIVE_MAXIMUM,
     ) -> None:
-        """`subscriptions` are (topic filter, QoS); `will` is retained at QoS 1 when the connection is lost."""
+        """`subscriptions` are (topic filter, QoS); `will` is retained at QoS 1 when the connection is lost.
+
+        Raises KeyFileError for a file of `config` that cannot be used.
+        """
         self._config = config
         self._client_id = client_id
         self._subscriptions = list(subscriptions)
@@ -117,7 +126,7 @@ class MqttLink:
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
         self._tls = _tls_context(config) if config.ca_file is not None else None
-        self._password = config.password_file.read_text().rstrip("\n") if config.password_file else None
+        self._password = _password(config.password_file) if config.password_file is not None else None
 
     @property
     def last_failure(self) -> str:
@@ -360,9 +369,33 @@ def _leave_writing_to_the_loop(_client: paho.Client, _userdata: Any, _socket: An
     """Called by paho when it has something to write; the loop looks at `want_write` itself."""
 
 
+def check_files(config: MqttConfig) -> None:
+    """Read the files that `config` names, as a link will. Raises KeyFileError for one that cannot be used."""
+    if config.ca_file is not None:
+        _tls_context(config)
+    if config.password_file is not None:
+        _password(config.password_file)
+
+
+def _password(path: Path) -> str:
+    try:
+        return read_file(path, _MAX_PASSWORD_BYTES).decode().rstrip("\n")
+    except OSError as error:
+        raise KeyFileError(str(path), f"{error.strerror}; give a file with the MQTT password") from error
+    except UnicodeDecodeError as error:
+        raise KeyFileError(str(path), "not text in UTF-8; give a file with the MQTT password") from error
+
+
 def _tls_context(config: MqttConfig) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=str(config.ca_file))
+    try:
+        context = ssl.create_default_context(cafile=str(config.ca_file))
+    except OSError as error:  # Of which ssl's own are a kind.
+        raise KeyFileError(str(config.ca_file), f"no certificates in PEM ({error}); check ca_file") from error
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if config.certificate_file is not None:
-        context.load_cert_chain(str(config.certificate_file), str(config.key_file) if config.key_file else None)
+        try:
+            context.load_cert_chain(str(config.certificate_file), str(config.key_file) if config.key_file else None)
+        except OSError as error:
+            reason = f"no certificate in PEM with its private key ({error}); check certificate_file and key_file"
+            raise KeyFileError(str(config.certificate_file), reason) from error
     return context

@@ -16,6 +16,7 @@ from broker.ledger.backup import copy_ledger
 from broker.ledger.chain import Head
 from broker.ledger.store import FILE_NAME
 from broker.ledger.verify import VerifyReport
+from broker.protocol.errors import MalformedMessage
 
 LEDGER_DIRECTORY: Final = "ledger"
 ATTEMPTS: Final = 600
@@ -45,7 +46,7 @@ def backup_broker(config: BrokerConfig, out: Path, wait: Callable[[float], None]
             return BackupReport(out / config.database.name, None)
         for _ in range(ATTEMPTS):
             with reading(config.database) as database, reading(file) as ledger:
-                if _taken_in(database) == _height(ledger):
+                if _taken_in(config.database, database) == _height(file, ledger):
                     copy_database(database, partial / config.database.name)
                     (partial / LEDGER_DIRECTORY).mkdir()
                     report = copy_ledger(file.parent, ledger, partial / LEDGER_DIRECTORY)
@@ -57,12 +58,20 @@ def backup_broker(config: BrokerConfig, out: Path, wait: Callable[[float], None]
         )
 
 
-def _taken_in(database: sqlite3.Connection) -> int:
+def _taken_in(file: Path, database: sqlite3.Connection) -> int:
     """The height up to which the broker has taken in the ledger; 0 before any block."""
-    row = database.execute("SELECT height FROM ledger_cursor").fetchone()
+    try:
+        row = database.execute("SELECT height FROM ledger_cursor").fetchone()
+    except sqlite3.Error as error:
+        raise CopyError(f"{file} is no broker's database ({error}); restore it from a backup") from error
     return 0 if row is None else int(row[0])
 
 
-def _height(ledger: sqlite3.Connection) -> int:
-    (raw,) = ledger.execute("SELECT value FROM meta WHERE name = 'head'").fetchone()
-    return Head.from_bytes(raw).height
+def _height(file: Path, ledger: sqlite3.Connection) -> int:
+    try:
+        row = ledger.execute("SELECT value FROM meta WHERE name = 'head'").fetchone()
+        return Head.from_bytes(b"" if row is None else row[0]).height
+    except (sqlite3.Error, MalformedMessage) as error:
+        raise CopyError(
+            f"{file} is no ledger, or damaged ({error}); run `energy-broker ledger verify {file.parent}`"
+        ) from error

@@ -342,7 +342,10 @@ class BrokerStore:
     def __init__(self, path: Path) -> None:
         """Open or create. Raises StoreError if the file is of another version or not ours."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(path, isolation_level=None, cached_statements=256, timeout=10.0)
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None, cached_statements=256, timeout=10.0)
+        except sqlite3.Error as error:
+            raise StoreError(f"{path}: {error}; check that it is a file that this user may write") from error
         try:
             path.chmod(0o600)
             self._db.execute("PRAGMA journal_mode=WAL")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
+from broker.protocol.command_line import shown, whole_number
 from firmware_config.loader import ConfigError, WrongValue
 from meter_agent.profiles import UnknownProfile, load_profile
 from meter_agent.shown import kwh, sample_json
@@ -32,15 +33,13 @@ class WrongOptions(Exception):
 
 
 def device_ids(text: str) -> list[int]:
-    """`1-16,200` as numbers, each once and in order. Raises ValueError."""
+    """An argument's type: `1-16,200` as numbers, each once and in order."""
     found: dict[int, None] = {}
     for part in text.split(","):
         match = _IDS.fullmatch(part.strip())
-        if match is None:
-            raise ValueError(text)
-        first, last = int(match[1]), int(match[2] or match[1])
+        first, last = (int(match[1]), int(match[2] or match[1])) if match is not None else (-1, -1)
         if not 0 <= first <= last <= MAX_DEVICE_ID:
-            raise ValueError(text)
+            raise argparse.ArgumentTypeError(f"expected ids up to {MAX_DEVICE_ID} as 1-16,200, got {shown(text)}")
         found.update(dict.fromkeys(range(first, last + 1)))
     return list(found)
 
@@ -135,11 +134,12 @@ def _probes(options: argparse.Namespace, note: Callable[[str], None]) -> Iterabl
     if options.host is not None:
         if options.baud is not None or options.parity is not None:
             raise WrongOptions("scan: --baud and --parity are for a serial port, not for --host")
-        port = options.port or str(DEFAULT_TCP_PORT)
-        if not port.isdigit() or not 1 <= int(port) <= 65_535:
-            raise WrongOptions(f"scan: --port {port}: expected a number from 1 to 65535 together with --host")
+        try:
+            port = whole_number(1, 65_535)(options.port or str(DEFAULT_TCP_PORT))
+        except argparse.ArgumentTypeError as error:
+            raise WrongOptions(f"scan: --port together with --host: {error}") from None
         limits = ScanLimits(options.timeout or TCP_REPLY_S, options.device_time, options.listen)
-        yield ModbusProbe([TcpTarget(options.host, int(port))], options.ids, known, limits, clock)
+        yield ModbusProbe([TcpTarget(options.host, port)], options.ids, known, limits, clock)
         return
     if options.port is None:
         raise WrongOptions("scan: expected --port with a serial port, or --host")

@@ -1,6 +1,8 @@
 """Backups that are put back: what goes on, and what must not."""
 
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -105,6 +107,23 @@ def test_a_backup_of_a_pair_that_does_not_fit_together_is_not_made(folder: Path)
     with pytest.raises(CopyError, match="do not come to the same block"):
         backup_broker(world.brokers["east"].config, folder / "copy", waits.append)
     assert sum(waits) == pytest.approx(30)
+    assert not (folder / "copy").exists()
+
+
+@pytest.mark.parametrize("spoilt", ["broker.db", "ledger.sqlite3"])
+def test_a_database_of_another_kind_is_named_and_not_the_disk(folder: Path, spoilt: str) -> None:
+    world = World(ALONE, folder / "world")
+    world.run(SECOND_CLOSED_S)
+    config = world.brokers["east"].config
+    assert config.ledger.host is not None
+    file = config.database if spoilt == "broker.db" else config.ledger.host.path / "ledger.sqlite3"
+    for log in file.parent.glob(f"{file.name}-*"):
+        log.unlink()
+    file.unlink()
+    with closing(sqlite3.connect(file)) as other:
+        other.execute("CREATE TABLE meta (name TEXT, value BLOB)")
+    with pytest.raises(CopyError, match=rf"{file.name} is no "):
+        backup_broker(config, folder / "copy", no_waiting)
     assert not (folder / "copy").exists()
 
 

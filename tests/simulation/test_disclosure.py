@@ -261,6 +261,10 @@ def test_the_commands(run: Run, folder: Path, capsys: pytest.CaptureFixture[str]
     assert "left out" in capsys.readouterr().err
     (folder / "none").write_text("{}")
     assert cli.main(["ledger", "check-disclosure", str(folder / "none"), "--ledger", str(run.ledger)]) == 2
+    (folder / "binary").write_bytes(b"\xff\x00")
+    capsys.readouterr()
+    assert cli.main(["ledger", "check-disclosure", str(folder / "binary"), "--ledger", str(run.ledger)]) == 2
+    assert "binary: expected what `energy-broker disclose` gave out (it is no text)" in capsys.readouterr().err
 
 
 def test_the_engine_is_not_needed_and_may_run(run: Run) -> None:

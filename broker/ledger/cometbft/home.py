@@ -11,6 +11,7 @@ Files and their fields: https://docs.cometbft.com/v0.38/core/configuration and `
 import base64
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -20,6 +21,8 @@ from broker.ledger.certificate import chain_id_of
 from broker.ledger.chain import genesis_hash
 from broker.ledger.cometbft.application import SNAPSHOT_EVERY, VALIDATOR_POWER, app_state_of
 from broker.ledger.limits import MAX_BLOCK_BATCHES
+from broker.protocol.addresses import Address
+from broker.protocol.command_line import shown
 from broker.protocol.keys import Algorithm, PrivateKey, PublicKey, public_key_from_cose
 from broker.protocol.limits import MAX_BATCH_BYTES, MAX_BLOCK_BYTES
 from broker.protocol.messages import Genesis
@@ -37,6 +40,8 @@ MAX_MEMPOOL_BYTES: Final = 64 * 2**20
 MAX_RPC_BODY_BYTES: Final = 4 * MAX_BATCH_BYTES // 3 + 4_096
 """A batch in base64 inside JSON."""
 
+_NODE_ID: Final = re.compile(r"[0-9a-f]{40}")
+
 _GENESIS_TIME: Final = "2026-01-01T00:00:00Z"
 """The same for every ledger, because nothing reads it: our own genesis has no time, and rules read market time."""
 
@@ -45,21 +50,21 @@ _GENESIS_TIME: Final = "2026-01-01T00:00:00Z"
 class P2pSection:
     """Where other nodes reach this one, and where it reaches them: `peers` are `ID@HOST:PORT`, as their `init` says."""
 
-    listen: str = "0.0.0.0:26656"
+    listen: Annotated[str, Address()] = "0.0.0.0:26656"
     peers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for peer in self.peers:
             node_id, _, address = peer.partition("@")
-            if len(node_id) != 40 or ":" not in address:
-                raise WrongValue("peers", f"ID@HOST:PORT as `ledger node init` prints it, got {peer!r}")
+            if _NODE_ID.fullmatch(node_id) is None or Address().check(address) is not None:
+                raise WrongValue("peers", f"ID@HOST:PORT as `ledger node init` prints it, got {shown(peer)}")
 
 
 @dataclass(frozen=True, slots=True)
 class RpcSection:
     """Where this node's brokers reach it. Whoever reaches it can submit and read: keep it on a private network."""
 
-    listen: str = "127.0.0.1:26657"
+    listen: Annotated[str, Address()] = "127.0.0.1:26657"
 
 
 @dataclass(frozen=True, slots=True)

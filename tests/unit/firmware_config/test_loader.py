@@ -102,6 +102,7 @@ def test_an_unset_optional_key_is_none_even_without_a_default() -> None:
 @pytest.mark.parametrize(
     ("change", "key", "expected"),
     [
+        ({"data_dir": "da\0ta"}, "data_dir", "a path, got"),
         ({"nmae": 1}, "nmae", "`name` perhaps"),
         ({"name": "Not A Name"}, "name", "a-z"),
         ({"name": 4}, "name", "text, got 4"),
@@ -147,12 +148,15 @@ def test_a_file_that_is_missing_or_no_toml_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"broken\.toml: expected TOML .*line 1"):
         load_config(broken, Config)
     broken.write_bytes(b"name = '\xff'")
-    with pytest.raises(ConfigError, match=r"expected TOML in UTF-8"):
+    with pytest.raises(ConfigError, match=r"expected TOML, which is text in UTF-8, and byte 8 is not"):
+        load_config(broken, Config)
+    broken.write_bytes(b"name = " + b"[" * 5_000)
+    with pytest.raises(ConfigError, match=r"expected TOML with fewer brackets within each other"):
         load_config(broken, Config)
 
 
 def test_a_file_over_the_size_limit_is_refused(tmp_path: Path) -> None:
     huge = tmp_path / "huge.toml"
     huge.write_bytes(b"#" * 4_194_305)
-    with pytest.raises(ConfigError, match="at most 4194304 bytes"):
+    with pytest.raises(ConfigError, match="larger than 4194304 bytes"):
         load_config(huge, Config)

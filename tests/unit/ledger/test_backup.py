@@ -87,9 +87,16 @@ def test_a_directory_without_a_ledger_is_said_to_be_one(tmp_path: Path) -> None:
         backup_ledger(tmp_path, tmp_path / "copy")
 
 
+def test_an_original_that_cannot_be_read_is_named_and_not_the_disk(tmp_path: Path) -> None:
+    (tmp_path / "ledger").mkdir()
+    (tmp_path / "ledger" / FILE_NAME).write_bytes(b"no database" * 1_000)
+    with pytest.raises(CopyError, match=rf"ledger/{FILE_NAME} cannot be read .*restore it from an earlier copy"):
+        backup_ledger(tmp_path / "ledger", tmp_path / "copy")
+
+
 def test_a_disk_that_refuses_is_said_plainly(ledger: EmbeddedLedger, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(CopyError, match="free disk space, or check the disk"):
+    with pytest.raises(CopyError, match=r"file/copy cannot be written: .*Not a directory; check the path"):
         backup_ledger(tmp_path / "ledger", tmp_path / "file" / "copy")
     assert ledger.height == 3
 

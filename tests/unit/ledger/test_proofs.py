@@ -356,7 +356,7 @@ def test_a_trust_file_that_is_none_is_refused_with_its_entry() -> None:
     ):
         with pytest.raises(MalformedMessage, match=entry):
             read_trust(json.dumps(sound | changes))
-    for text in ("", "[]", "{", "[" * 70_000):
+    for text in ("", "[]", "{", "[" * 70_000, "[" * 60_000, "9" * 10_000):
         with pytest.raises(MalformedMessage, match="trust file"):
             read_trust(text)
 
@@ -377,8 +377,8 @@ def test_prove_and_check_proof(ledger: EmbeddedLedger, tmp_path: Path, capsys: p
     batch_id = envelope.sealed_id(HISTORY[1], LEDGER, "b1").hex()
     for number, (what, said) in enumerate(
         (
-            (["--operation", "4/3"], "1 operations stand on ledger"),
-            (["--leaf", "0"], "1 operations stand on ledger"),
+            (["--operation", "4/3"], "1 operation stands on ledger"),
+            (["--leaf", "0"], "1 operation stands on ledger"),
             (["--batch", batch_id], "20 operations stand on ledger"),
             (["--since", str(checkpoint)], "goes on from height 5"),
         )
@@ -396,6 +396,38 @@ def test_prove_and_check_proof(ledger: EmbeddedLedger, tmp_path: Path, capsys: p
     assert cli.main(["ledger", "prove", path, "--batch", "zz", "--out", str(tmp_path / "x")]) == 2
     assert cli.main(["ledger", "prove", str(tmp_path), "--leaf", "0", "--out", str(tmp_path / "x")]) == 1
     assert not (tmp_path / "x").exists()
+
+
+def test_a_file_of_another_kind_is_named_with_the_command_that_makes_the_right_one(
+    ledger: EmbeddedLedger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = str(ledger._path), str(tmp_path / "out")
+    trust, other = tmp_path / "trust.json", tmp_path / "other"
+    trust.write_text(json.dumps(trust_of(GENESIS)))
+    other.write_bytes(cbor2.dumps({0: 1, 1: b"\xff"}))
+    wrong = {
+        "a proof as `energy-broker ledger prove` writes it": ["check-proof", str(other), "--trust", str(trust)],
+        "a trust file as `energy-broker ledger trust` prints it": ["check-proof", out, "--trust", str(other)],
+        "the evidence that a broker wrote": ["evidence", str(other), "--trust", str(trust)],
+        "a checkpoint as `energy-broker ledger checkpoint` writes it": [
+            *("prove", path, "--since", str(other), "--out", out),
+        ],
+    }
+    for sentence, words in wrong.items():
+        assert cli.main(["ledger", *words]) == 2
+        said = capsys.readouterr().err
+        assert f"{other}: expected {sentence}" in said
+        assert "from 3 to 3" not in said
+
+
+def test_a_node_that_does_not_answer_is_told_with_the_next_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trust = tmp_path / "trust.json"
+    trust.write_text(json.dumps(trust_of(GENESIS)))
+    words = ["--node", "http://127.0.0.1:1", "--trust", str(trust), "--out", str(tmp_path / "x")]
+    assert cli.main(["ledger", "certify", *words]) == 1
+    assert "check --node, and that the node runs" in capsys.readouterr().err
 
 
 def test_a_damaged_copy_hands_out_no_proof(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

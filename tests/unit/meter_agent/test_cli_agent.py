@@ -139,7 +139,7 @@ def test_check_config_says_that_all_is_fine(config_file: Path, capsys: pytest.Ca
 
 WRONG = {
     "no target": (["scan"], "--port"),
-    "TCP port": (["scan", "--host", "h", "--port", "/dev/ttyUSB0"], "a number from 1 to 65535"),
+    "TCP port": (["scan", "--host", "h", "--port", "/dev/ttyUSB0"], "with --host: expected a whole number from 1 to"),
     "serial options": (["scan", "--host", "h", "--baud", "9600"], "for a serial port"),
     "unknown profile": (["scan", "--host", "h", "--profile", "sdm"], "no meter profile 'sdm'"),
     "show what": (["profiles", "show"], "one name"),

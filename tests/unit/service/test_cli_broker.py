@@ -219,7 +219,7 @@ WRONG: dict[str, tuple[Callable[[Desk], list[object]], str]] = {
     "registrar without key": (lambda d: d.genesis(registrar="registrar"), "key show"),
     "provider without mandate": (lambda d: d.provider("ola.reg", "roof.adm"), "no mandate"),
     "provider without admission": (lambda d: d.provider("ola.reg", "roof.man"), "admission of roof"),
-    "statement that is none": (lambda d: d.provider("east.pem"), "not a signed statement"),
+    "statement that is none": (lambda d: d.provider("east.pem"), "east.pem: expected a signed statement"),
     "missing statement": (lambda d: d.provider("gone.man"), "gone.man"),
     "negative price": (lambda d: [*d.provider("roof.man")[:5], "-1", d.file("roof.man")], "0 or more"),
     "unknown contract": (
@@ -242,7 +242,7 @@ WRONG: dict[str, tuple[Callable[[Desk], list[object]], str]] = {
             *("--source", "solar", "--capacity-w", "0", "--area", "home"),
             *("--commissioned", "2020-01-01T00:00:00Z", "--out", d.file("x")),
         ],
-        "admission.capacity_w",
+        "--capacity-w: expected a whole number of 1 or more, got '0'",
     ),
     "unknown table": (lambda d: ["list", "secrets", "--config", d.config], "invalid choice"),
     "no command": (lambda _d: [], "required"),
@@ -390,7 +390,7 @@ def test_statements_are_kept_and_other_files_are_not(desk: Desk) -> None:
     assert out.endswith("registration, kept for the ledger\n")
     code, _, err = desk.run("submit", "--config", desk.config, desk.file("genesis.cbor"))
     assert code == 2
-    assert "no signed statement" in err
+    assert "genesis.cbor: expected a signed statement as `energy-broker registrar`" in err
 
 
 def test_states_are_words(desk: Desk) -> None:

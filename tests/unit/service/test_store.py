@@ -78,6 +78,11 @@ def test_a_file_that_is_no_database_is_refused(path: Path) -> None:
         BrokerStore(path)
 
 
+def test_a_path_that_is_no_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="check that it is a file that this user may write"):
+        BrokerStore(tmp_path)
+
+
 def test_the_command_lines_writes_are_noticed_once(path: Path) -> None:
     running, command = BrokerStore(path), BrokerStore(path)
     assert not running.changed_by_others()
