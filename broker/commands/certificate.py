@@ -6,9 +6,20 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from broker.commands.common import DONE, FAILED, add_command, add_config_option, add_group, print_row
+from broker.commands.common import (
+    CHECKPOINT_FILE,
+    DONE,
+    FAILED,
+    MAX_INPUT_BYTES,
+    add_command,
+    add_config_option,
+    add_group,
+    print_row,
+    read_as,
+)
 from broker.commands.period import add_period_options, period_of
-from broker.config import UNMATCHED_LABEL, load_broker_config
+from broker.config import UNMATCHED_LABEL, load_broker_config, load_trust
+from broker.protocol.files import read_file
 from broker.protocol.sources import Source
 from firmware_config.loader import WrongValue
 
@@ -83,13 +94,12 @@ def _verify(options: argparse.Namespace) -> int:
     from broker.certificates.standing import standing_in
     from broker.certificates.workers import verify_on_all_processors
     from broker.ledger.receipts import verify_checkpoint
-    from broker.ledger.trust import read_trust
 
-    trust = read_trust(options.trust.read_text())
+    trust = load_trust(options.trust)
     known = None
     if options.checkpoint is not None:
-        known, _ = verify_checkpoint(options.checkpoint.read_bytes(), trust)
-    verified = verify_on_all_processors(options.file.read_bytes(), trust, known)
+        known, _ = read_as(options.checkpoint, CHECKPOINT_FILE, lambda raw: verify_checkpoint(raw, trust))
+    verified = verify_on_all_processors(read_file(options.file, MAX_INPUT_BYTES), trust, known)
     standing = None if options.ledger is None else standing_in(verified, options.ledger)
     faults = () if standing is None else standing.faults
     for fault in faults:
@@ -171,7 +181,7 @@ def _read(path: Path) -> tuple["Contents", bytes]:
     from broker.certificates.contents import read_contents
     from broker.certificates.document import read_certificate
 
-    sealed = read_certificate(path.read_bytes())
+    sealed = read_as(path, "a certificate as `energy-broker certificate issue` writes it", read_certificate)
     contents = read_contents(sealed.certificate)
     return contents, sealed.certificate_id(contents.genesis.ledger)
 

@@ -32,6 +32,7 @@ _NUMBER: Final = re.compile(r"-|-?[0-9]+(\.[0-9]+)?")
 MAX_INPUT_BYTES: Final = 2**30
 """A certificate of a year and a proof of a large batch take some tens of megabytes."""
 
+CHECKPOINT_FILE: Final = "a checkpoint as `energy-broker ledger checkpoint` writes it"
 _STATEMENT: Final = "a signed statement as `energy-broker registrar` and `energy-broker provider` write them"
 
 T = TypeVar("T")

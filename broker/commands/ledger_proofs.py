@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from broker.commands.common import DONE, FAILED, add_command, counted, read_as
+from broker.commands.common import CHECKPOINT_FILE, DONE, FAILED, add_command, counted, read_as
 from broker.config import load_trust
 from broker.ledger.certificate import Certificate, is_certificate
 from broker.ledger.commit import CertifiedHeader
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 
 _PROOF: Final = "a proof as `energy-broker ledger prove` writes it, or a certificate of `energy-broker ledger certify`"
-_CHECKPOINT: Final = "a checkpoint as `energy-broker ledger checkpoint` writes it"
 _CERTIFICATE: Final = "a network's certificate as `energy-broker ledger certify` writes it"
 _EVIDENCE: Final = "the evidence that a broker wrote when it stopped, `evidence-….cbor` beside its database"
 
@@ -87,7 +86,7 @@ def _checkpoint(options: argparse.Namespace) -> int:
 
 
 def _prove(options: argparse.Namespace) -> int:
-    older = read_as(options.since, _CHECKPOINT, _checked) if options.since is not None else None
+    older = read_as(options.since, CHECKPOINT_FILE, _checked) if options.since is not None else None
     batch_id = _hex(options.batch) if options.batch is not None else None
     place = _place(options.operation) if options.operation is not None else None
     with _prover(options.path) as (prover, trust):
