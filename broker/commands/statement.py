@@ -212,6 +212,7 @@ def _lines(account: "Account", *, by_interval: bool) -> Iterable[dict[str, Any]]
 
     for line in account.lines:
         what = {"source": line.source.label} | ({"device": line.device} if account.flow is Flow.PROVIDED else {})
+        what["kind"] = "taken back" if line.taken_back else "traded"
         if by_interval:
             for part in line.intervals:
                 when = {"start_s": part.start_s, **what, "price": line.price}

@@ -4,10 +4,11 @@ A correction of a reading withdraws by rule, from whoever has the energy. Its op
 from all that happened to the asset before, also among others. So a broker that has a stake in it asks.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from broker.ledger.limits import MAX_REVISION, MAX_SEARCHED_DELIVERIES
+from broker.ledger.limits import MAX_REVISION, MAX_SEARCHED_BY_BATCH, MAX_SEARCHED_DELIVERIES
 from broker.ledger.operations import AssetId
 from broker.ledger.state import ASSET, CARRY, DEVICE, SLICE, AssetRow, CarryRow, DeviceRow, SliceRow, State
 from broker.protocol import cbor
@@ -20,7 +21,8 @@ _MAX_BYTES: Final = 2 * 2**20
 _HELD: Final = Row((Unsigned(MAX_REVISION), Unsigned(), Unsigned(), Name()))
 _GIVEN: Final = Row((Unsigned(MAX_REVISION), Unsigned(), Unsigned(), Bytes(16, 16), Unsigned()))
 _HEAD: Final = Row((Unsigned(), Name(), Choice(Carrier), Unsigned()))
-_LISTS: Final = Row((Many(_HELD, 65_535), Many(_GIVEN, MAX_SEARCHED_DELIVERIES)))
+_GONE: Final = Row((Unsigned(MAX_REVISION), Unsigned(), Unsigned()))
+_LISTS: Final = Row((Many(_HELD, 65_535), Many(_GIVEN, MAX_SEARCHED_DELIVERIES), Many(_GONE, 65_535)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +47,20 @@ class GivenRange:
 
 
 @dataclass(frozen=True, slots=True)
+class WithdrawnRange:
+    """`[from_wh, to_wh)` of an asset, which a correction has withdrawn from whoever had it."""
+
+    asset: AssetId
+    from_wh: int
+    to_wh: int
+
+
+@dataclass(frozen=True, slots=True)
 class Made:
-    """True at `height`. `carried_wh` is what the device's next issue adds (or takes off), of whatever interval."""
+    """True at `height`. `carried_wh` is what the device's next issue adds (or takes off), of whatever interval.
+
+    `withdrawn` may leave out an asset altogether (`made_of`), and then says nothing about it.
+    """
 
     height: int
     device: str
@@ -55,6 +69,7 @@ class Made:
     carried_wh: int
     held: tuple[HeldRange, ...]
     given: tuple[GivenRange, ...]
+    withdrawn: tuple[WithdrawnRange, ...]
 
     def to_bytes(self) -> bytes:
         """`made` in schema/operations.cddl."""
@@ -62,17 +77,18 @@ class Made:
         given = [
             [item.asset.revision, item.from_wh, item.to_wh, item.pseudonym, item.demand_start_s] for item in self.given
         ]
+        gone = [[item.asset.revision, item.from_wh, item.to_wh] for item in self.withdrawn]
         head = [self.height, self.device, int(self.carrier), self.start_s]
-        return cbor.encode([*head, self.carried_wh, held, given])
+        return cbor.encode([*head, self.carried_wh, held, given, gone])
 
 
 def decode_made(raw: bytes) -> Made:
     """Raises MalformedMessage."""
     data = cbor.decode(raw, "made", _MAX_BYTES)
-    if type(data) is not list or len(data) != 7 or type(data[4]) is not int or abs(data[4]) > MAX_INTEGER:
-        raise MalformedMessage("made", "[height, device, carrier, start_s, carried_wh, held, delivered]")
+    if type(data) is not list or len(data) != 8 or type(data[4]) is not int or abs(data[4]) > MAX_INTEGER:
+        raise MalformedMessage("made", "[height, device, carrier, start_s, carried_wh, held, delivered, withdrawn]")
     height, device, carrier, start_s = _HEAD.decode(data[:4], "made")
-    held, given = _LISTS.decode(data[5:], "made")
+    held, given, gone = _LISTS.decode(data[5:], "made")
     return Made(
         height,
         device,
@@ -81,6 +97,7 @@ def decode_made(raw: bytes) -> Made:
         data[4],
         tuple(HeldRange(AssetId(device, carrier, start_s, row[0]), *row[1:]) for row in held),
         tuple(GivenRange(AssetId(device, carrier, start_s, row[0]), *row[1:]) for row in given),
+        tuple(WithdrawnRange(AssetId(device, carrier, start_s, row[0]), *row[1:]) for row in gone),
     )
 
 
@@ -88,6 +105,8 @@ def made_of(state: State, height: int, party: str, device: str, start_s: int) ->
     """What the ledger at `height` has of this device and interval; deliveries are those of `party`. None: no device.
 
     Deliveries from an asset that has too many for a correction to look through are left out, as it takes none of them.
+    Withdrawn is what is neither held nor delivered to anybody. An asset is left out there if that cannot be told: of
+    what has expired since, and of what is spread over more deliveries than a batch of corrections may look through.
     """
     row: DeviceRow | None = state.get((DEVICE, device))
     if row is None:
@@ -95,6 +114,8 @@ def made_of(state: State, height: int, party: str, device: str, start_s: int) ->
     carrier = Carrier(row.carrier)
     held: list[HeldRange] = []
     given: list[GivenRange] = []
+    gone: list[WithdrawnRange] = []
+    first_wh = searched = 0
     for revision in range(MAX_REVISION + 1):
         name = (start_s, device, int(carrier), revision)
         asset: AssetRow | None = state.get((ASSET, *name))
@@ -102,12 +123,34 @@ def made_of(state: State, height: int, party: str, device: str, start_s: int) ->
             continue
         identity = AssetId(device, carrier, start_s, revision)
         held += [HeldRange(identity, item.from_wh, item.to_wh, item.owner) for item in asset.held]
-        if asset.deliveries > MAX_SEARCHED_DELIVERIES:
+        # Each revision's range begins where those before it end.
+        begin_wh, first_wh = first_wh, first_wh + asset.issued_wh
+        searched += asset.deliveries
+        if searched > MAX_SEARCHED_BY_BATCH:
             continue
+        standing = [(item.from_wh, item.to_wh) for item in asset.held]
         for key in state.scan((SLICE, *name), 0, MAX_INTEGER + 1):
             item: SliceRow = state.get(key)
-            if item.broker == party and len(given) < MAX_SEARCHED_DELIVERIES:
+            standing.append((key[5], item.to_wh))
+            if (
+                item.broker == party
+                and asset.deliveries <= MAX_SEARCHED_DELIVERIES
+                and len(given) < MAX_SEARCHED_DELIVERIES
+            ):
                 given.append(GivenRange(identity, key[5], item.to_wh, item.pseudonym, item.demand_start_s))
+        if asset.withdrawn_wh and not asset.expired_wh:
+            gaps = _gaps(begin_wh, first_wh, standing)
+            gone += [WithdrawnRange(identity, from_wh, to_wh) for from_wh, to_wh in gaps]
     carried: CarryRow | None = state.get((CARRY, device, int(carrier)))
     carried_wh = 0 if carried is None else carried.energy_wh
-    return Made(height, device, carrier, start_s, carried_wh, tuple(held), tuple(given))
+    return Made(height, device, carrier, start_s, carried_wh, tuple(held), tuple(given), tuple(gone))
+
+
+def _gaps(begin_wh: int, end_wh: int, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """What of `[begin_wh, end_wh)` none of these disjoint ranges covers."""
+    for from_wh, to_wh in sorted(ranges):
+        if begin_wh < from_wh:
+            yield begin_wh, from_wh
+        begin_wh = to_wh
+    if begin_wh < end_wh:
+        yield begin_wh, end_wh

@@ -5,6 +5,10 @@ neighbour sold it, what it sold to a neighbour, what it delivered to a consumer.
 half-open, `[from_s, until_s)`; a transfer belongs to the interval in which its energy was generated, a delivery to the
 one in which it was consumed.
 
+What corrections took back stands on lines of its own, with negative Wh and amounts, in the period of what it takes
+back: beside the line on which it was charged it is the credit note. Wh that were withdrawn after they had changed hands
+several times are taken back from each of these hands, so the sums over all parties stay in balance.
+
 Rounding. Wh times µ-currency per kWh are nano-currency, which add up exactly. Only an account's total is rounded, to
 the nearest µ, half a µ up. Its lines then get their whole µ, and the µ that are still missing go one each to the
 largest remainders, ties in the order of the lines: so lines add up to their total, and each is less than 1 µ off. A
@@ -46,8 +50,9 @@ class Trade(NamedTuple):
     """`energy_wh` Wh that changed hands for one market interval at `price` µ-currency per kWh.
 
     `start_s` is the interval that it is settled in. `paid` is the price that the broker had paid for what it passes on,
-    and `other_period` says that it was generated outside of the period; neither means anything where energy comes in. A
-    named tuple, because a period of a large broker has millions of them.
+    and `other_period` says that it was generated outside of the period; neither means anything where energy comes in.
+    `taken_back`: a correction undid it, and the Wh are negative. A named tuple, because a period of a large broker has
+    millions of them.
     """
 
     flow: Flow
@@ -59,6 +64,7 @@ class Trade(NamedTuple):
     energy_wh: int
     paid: int = 0
     other_period: bool = False
+    taken_back: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +78,15 @@ class IntervalLine:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Energy of one source at one price; `device` is named on a provider's account, elsewhere it is empty."""
+    """Energy of one source at one price; `device` is named on a provider's account, elsewhere it is empty.
+
+    `taken_back`: what corrections undid; Wh and amounts are negative.
+    """
 
     source: Source
     device: str
     price: int
+    taken_back: bool
     energy_wh: int
     amount_micro: int
     intervals: tuple[IntervalLine, ...]
@@ -135,8 +145,8 @@ class Books:
         return sum([account.energy_wh for account in self.accounts if account.flow in flows])
 
 
-_LineKey = tuple[Source, str, int]
-"""(source, device or "", price)."""
+_LineKey = tuple[Source, str, int, bool]
+"""(source, device or "", price, taken back)."""
 
 
 class _OpenAccount:
@@ -154,12 +164,12 @@ class _OpenAccount:
         total_micro = to_micro(sum(nano))
         lines = []
         for key, energy_wh, amount_micro in zip(keys, line_wh, rounded(nano, total_micro), strict=True):
-            source, device, price = key
+            source, device, price, taken_back = key
             starts = sorted(self.wh_by_line[key]) if with_intervals else []
             interval_wh = [self.wh_by_line[key][start_s] for start_s in starts]
             amounts = rounded([part_wh * price for part_wh in interval_wh], amount_micro) if starts else []
             intervals = tuple(map(IntervalLine, starts, interval_wh, amounts))
-            lines.append(Line(source, device, price, energy_wh, amount_micro, intervals))
+            lines.append(Line(source, device, price, taken_back, energy_wh, amount_micro, intervals))
         return Account(flow, party, tuple(lines), sum(line_wh), total_micro)
 
 
@@ -209,7 +219,7 @@ def books_of(broker: str, trades: Iterable[Trade]) -> Books:
 
 
 def _line_key(trade: Trade) -> _LineKey:
-    return trade.source, trade.device if trade.flow is Flow.PROVIDED else "", trade.price
+    return trade.source, trade.device if trade.flow is Flow.PROVIDED else "", trade.price, trade.taken_back
 
 
 def _own_lines(accounts: Iterable[Account], sums: Mapping[Source, _OwnSums]) -> tuple[OwnLine, ...]:

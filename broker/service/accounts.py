@@ -65,8 +65,7 @@ def consumer_statement(store: BrokerStore, genesis: Genesis, meter: str, span: S
         raise AccountsError(f"no consumer {meter} is registered here; see `energy-broker list consumers`")
     with _one_moment(store):
         demanded_wh = store.demanded_wh(meter, span.start_s, span.end_s)
-        trades = _passed_on(Flow.DELIVERED, store.settled_deliveries(span.start_s, span.end_s, meter), span)
-        account = account_of(Flow.DELIVERED, meter, trades)
+        account = account_of(Flow.DELIVERED, meter, _delivered(store, span, meter))
         return PartyStatement(meter, (account,), _standing(store, genesis, span), demanded_wh)
 
 
@@ -82,10 +81,9 @@ def provider_statement(store: BrokerStore, genesis: Genesis, owner: str, span: S
 def neighbour_statement(store: BrokerStore, genesis: Genesis, neighbour: str, span: Span) -> PartyStatement:
     """What was bought from a neighbour and sold to it; one that never traded has two empty accounts."""
     with _one_moment(store):
-        sold = _passed_on(Flow.SOLD, store.settled_sales(span.start_s, span.end_s), span)
         accounts = (
             account_of(Flow.BOUGHT, neighbour, _came_in(store, Flow.BOUGHT, span)),
-            account_of(Flow.SOLD, neighbour, sold),
+            account_of(Flow.SOLD, neighbour, _sold(store, span)),
         )
         return PartyStatement(neighbour, accounts, _standing(store, genesis, span))
 
@@ -102,14 +100,35 @@ def own_books(store: BrokerStore, genesis: Genesis, broker: str, span: Span) -> 
 def _all_trades(store: BrokerStore, span: Span) -> Iterator[Trade]:
     for flow in (Flow.PROVIDED, Flow.BOUGHT):
         yield from _came_in(store, flow, span)
-    yield from _passed_on(Flow.SOLD, store.settled_sales(span.start_s, span.end_s), span)
-    yield from _passed_on(Flow.DELIVERED, store.settled_deliveries(span.start_s, span.end_s), span)
+    yield from _sold(store, span)
+    yield from _delivered(store, span)
 
 
 def _came_in(store: BrokerStore, flow: Flow, span: Span) -> Iterator[Trade]:
     for row in store.transfers(flow, span.start_s, span.end_s):
         energy_wh = row.to_wh - row.from_wh
         yield Trade(flow, row.party, row.asset_start_s, Source(row.source), row.device, row.price, energy_wh)
+    for gone in store.settled_withdrawals(flow, span.start_s, span.end_s):
+        named = flow, gone.party, gone.start_s, Source(gone.source), gone.device, gone.price
+        yield Trade(*named, -gone.energy_wh, taken_back=True)
+
+
+def _sold(store: BrokerStore, span: Span) -> Iterator[Trade]:
+    yield from _passed_on(Flow.SOLD, store.settled_sales(span.start_s, span.end_s), span)
+    for trade in _passed_on(Flow.SOLD, store.settled_withdrawals(Flow.SOLD, span.start_s, span.end_s), span):
+        yield _back(trade)
+
+
+def _delivered(store: BrokerStore, span: Span, meter: str | None = None) -> Iterator[Trade]:
+    """What was given, what of that came back as well, and that it came back: it was billed for a while."""
+    yield from _passed_on(Flow.DELIVERED, store.settled_deliveries(span.start_s, span.end_s, meter), span)
+    for trade in _passed_on(Flow.DELIVERED, store.settled_taken_back(span.start_s, span.end_s, meter), span):
+        yield trade
+        yield _back(trade)
+
+
+def _back(trade: Trade) -> Trade:
+    return trade._replace(energy_wh=-trade.energy_wh, taken_back=True)
 
 
 def _passed_on(flow: Flow, rows: Iterator[SettledRow], span: Span) -> Iterator[Trade]:

@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 from broker.protocol import cbor
 from broker.protocol.messages import MessageType
 
-SCHEMA_VERSION: Final = 5
+SCHEMA_VERSION: Final = 6
 
 _SCHEMA: Final = """
 CREATE TABLE consumer (
@@ -60,9 +60,13 @@ CREATE TABLE carried (device TEXT PRIMARY KEY, energy_wh INTEGER NOT NULL) WITHO
 CREATE TABLE taken_back (
     number INTEGER PRIMARY KEY, start_s INTEGER NOT NULL, meter TEXT NOT NULL, device TEXT NOT NULL,
     asset_start_s INTEGER NOT NULL, asset_revision INTEGER NOT NULL, from_wh INTEGER NOT NULL, to_wh INTEGER NOT NULL,
-    batch INTEGER NOT NULL
+    source INTEGER NOT NULL, price INTEGER NOT NULL, batch INTEGER NOT NULL
 );
 CREATE INDEX taken_back_interval ON taken_back (start_s);
+CREATE TABLE withdrawn (
+    asset_start_s INTEGER NOT NULL, device TEXT NOT NULL, asset_revision INTEGER NOT NULL, from_wh INTEGER NOT NULL,
+    to_wh INTEGER NOT NULL, PRIMARY KEY (asset_start_s, device, asset_revision, from_wh)
+) WITHOUT ROWID;
 CREATE TABLE account (
     meter TEXT NOT NULL, period_start_s INTEGER NOT NULL, version INTEGER NOT NULL, total_wh INTEGER NOT NULL,
     by_line BLOB NOT NULL, PRIMARY KEY (meter, period_start_s, version)
@@ -730,9 +734,12 @@ class BrokerStore:
                 "UPDATE delivery SET to_wh = ? WHERE start_s = ? AND meter = ? AND sequence = ?", (from_wh, *place)
             )
         self._db.execute(
-            "INSERT INTO taken_back (start_s, meter, device, asset_start_s, asset_revision, from_wh, to_wh, batch)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (row.start_s, row.meter, row.device, row.asset_start_s, row.asset_revision, from_wh, row.to_wh, batch),
+            "INSERT INTO taken_back (start_s, meter, device, asset_start_s, asset_revision, from_wh, to_wh, source,"
+            " price, batch) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                *(row.start_s, row.meter, row.device, row.asset_start_s, row.asset_revision, from_wh, row.to_wh),
+                *(row.source, row.price, batch),
+            ),
         )
 
     def taken_back(self, since_s: int, until_s: int) -> list[tuple[int, str, str, int, int, int, int]]:
@@ -743,6 +750,16 @@ class BrokerStore:
             " WHERE start_s >= ? AND start_s < ? ORDER BY number",
             (since_s, until_s),
         ).fetchall()
+
+    def settled_taken_back(self, since_s: int, until_s: int, meter: str | None = None) -> Iterator[SettledRow]:
+        """The same with prices, of one consumer or of all: each stands for Wh that were delivered for a while."""
+        rows = self._db.execute(
+            "SELECT back.meter, back.start_s, back.device, back.asset_start_s, back.source, back.price,"
+            f" back.to_wh - back.from_wh, ({_PAID.format('back', '')}) FROM taken_back AS back"
+            " WHERE back.start_s >= ? AND back.start_s < ? AND coalesce(back.meter = ?, true)",
+            (since_s, until_s, meter),
+        )
+        return (SettledRow(*row) for row in rows)
 
     def all_deliveries(self) -> Iterator[DeliveryRow]:
         rows = self._db.execute("SELECT * FROM delivery ORDER BY start_s, meter, sequence")
@@ -1004,6 +1021,35 @@ class BrokerStore:
             f" given.to_wh - given.from_wh, ({_PAID.format('given', '')}) {where} AND {start}.start_s < ?"
             f" AND batch.state = {int(WorkState.COMMITTED)}",
             values,
+        )
+        return (SettledRow(*row) for row in rows)
+
+    def add_withdrawn(self, device: str, asset_start_s: int, ranges: Iterable[tuple[int, int, int]]) -> None:
+        """Note (revision, from_wh, to_wh) of a device's interval that corrections have withdrawn, of whoever had it.
+
+        What is withdrawn stays so: the ranges of a revision contain those that were noted of it before.
+        """
+        rows = [(asset_start_s, device, *row) for row in ranges]
+        self._db.executemany(
+            "DELETE FROM withdrawn WHERE asset_start_s = ? AND device = ? AND asset_revision = ?",
+            {row[:3] for row in rows},
+        )
+        self._db.executemany("INSERT INTO withdrawn VALUES (?, ?, ?, ?, ?)", rows)
+
+    def settled_withdrawals(self, flow: int, since_s: int, until_s: int) -> Iterator[SettledRow]:
+        """What corrections withdrew of transfers of one kind, of assets whose interval begins in `[since_s, until_s)`.
+
+        A Wh that changed hands several times is in each of these transfers.
+        """
+        rows = self._db.execute(
+            "SELECT moved.party, moved.asset_start_s, moved.device, moved.asset_start_s, moved.source, moved.price,"
+            " min(moved.to_wh, gone.to_wh) - max(moved.from_wh, gone.from_wh),"
+            f" ({_PAID.format('moved', ' AND number < moved.number')})"
+            " FROM withdrawn AS gone CROSS JOIN transfer AS moved ON moved.asset_start_s = gone.asset_start_s"
+            " AND moved.device = gone.device AND moved.asset_revision = gone.asset_revision"
+            " AND moved.from_wh < gone.to_wh AND moved.to_wh > gone.from_wh AND moved.flow = ?"
+            " WHERE gone.asset_start_s >= ? AND gone.asset_start_s < ?",
+            (flow, since_s, until_s),
         )
         return (SettledRow(*row) for row in rows)
 

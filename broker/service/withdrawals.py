@@ -176,6 +176,7 @@ class Withdrawals:
             for item in made.held:
                 if item.owner == self._identity.name:
                     self._put_back(item.asset, item.from_wh, item.to_wh)
+        self._store.add_withdrawn(*place, [(item.asset.revision, item.from_wh, item.to_wh) for item in made.withdrawn])
         self._mend_deliveries(made)
         device = self._registry.device(made.device)
         if device is None:

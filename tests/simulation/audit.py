@@ -26,12 +26,13 @@ from broker.ledger.operations import (
     decode_operation,
 )
 from broker.ledger.trust import read_trust, trust_of
-from broker.market.statements import market_faults
+from broker.market.statements import Books as BrokerBooks
+from broker.market.statements import Flow, market_faults
 from broker.market.windows import Span
 from broker.protocol.envelope import Signer, open_envelope, parse
 from broker.protocol.messages import Batch, Block, MessageType, Order, Reading
 from broker.protocol.sources import Source
-from broker.service.accounts import consumer_statement, ledger_faults, own_books
+from broker.service.accounts import consumer_statement, ledger_faults, own_books, provider_statement
 from broker.service.store import BrokerStore, IntervalState, Standing, WorkState
 from simulation.world import INTERVAL_S, LEDGER, T0, Books, World, capacity_w
 
@@ -74,6 +75,13 @@ class Accounts:
     def is_late(self, reading: Reading) -> bool:
         return self.clock_s[self.broker_of[reading.meter]] >= reading.end_s + self.deadline_s
 
+    def standing_wh(self) -> Counter[str]:
+        """Wh of each device that were issued and not withdrawn."""
+        found: Counter[str] = Counter()
+        for (device, start_s), energy_wh in self.issued_wh.items():
+            found[device] += energy_wh - self.withdrawn_wh[device, start_s]
+        return found
+
     def make(self, asset: AssetName, revision: int, energy_wh: int) -> None:
         """New Wh, numbered from where all before them ended."""
         first = self.issued_wh[asset]
@@ -106,7 +114,7 @@ def check(world: World, books: Books) -> Accounts:
     _check_orders(world, accounts)
     _check_holdings(world, books, accounts)
     _check_closes(world, accounts)
-    _check_money(world)
+    _check_money(world, books, accounts)
     return accounts
 
 
@@ -150,7 +158,7 @@ def check_certificates(world: World, books: Books) -> dict[str, bytes]:
         by_source: Counter[Source] = Counter()
         for charged in statement.accounts[0].lines:
             by_source[charged.source] += charged.energy_wh
-        assert by_source == {total.source: total.energy_wh for total in totals.by_source}
+        assert +by_source == {total.source: total.energy_wh for total in totals.by_source}
         assert contents.is_provisional == (until_s < contents.final_s)
     return issued
 
@@ -414,12 +422,48 @@ def _check_closes(world: World, accounts: Accounts) -> None:
         store.close()
 
 
-def _check_money(world: World) -> None:
-    """Books balance to the µ over all brokers, and every transfer and delivery is the ledger's."""
-    span = Span(T0 - 1_000 * INTERVAL_S, T0 + 1_000 * INTERVAL_S)
-    books = []
-    for name, store in _stores(world).items():
-        books.append(own_books(store, world.genesis, name, span)[0])
-        assert ledger_faults(store, world.genesis, name, world.folder / "ledger", span) == ()
+def _check_money(world: World, books: Books, accounts: Accounts) -> None:
+    """Books balance to the µ over all parties in each period, and every transfer and delivery is the ledger's."""
+    whole = Span(T0 - 1_000 * INTERVAL_S, T0 + 1_000 * INTERVAL_S)
+    border_s = T0 + 2 * INTERVAL_S
+    stores = _stores(world)
+    for span in (whole, Span(whole.start_s, border_s), Span(border_s, whole.end_s)):
+        all_books = [own_books(store, world.genesis, name, span)[0] for name, store in stores.items()]
+        assert market_faults(all_books) == ()
+        _check_purses(world, stores, all_books, span)
+        if span is whole:
+            _check_books_wh(world, books, accounts, all_books)
+    for name, store in stores.items():
+        assert ledger_faults(store, world.genesis, name, world.folder / "ledger", whole) == ()
         store.close()
-    assert market_faults(books) == ()
+
+
+def _check_purses(world: World, stores: dict[str, BrokerStore], all_books: list[BrokerBooks], span: Span) -> None:
+    """What each party's own statement says it owes and gets comes to nothing over all of them."""
+    purse_micro: Counter[str] = Counter()
+    for plan in world.plan.consumers:
+        statement = consumer_statement(stores[plan.broker], world.genesis, plan.meter, span)
+        purse_micro[plan.meter] -= statement.accounts[0].amount_micro
+    for owner, broker in {(plan.owner, plan.broker) for plan in world.plan.devices}:
+        statement = provider_statement(stores[broker], world.genesis, owner, span)
+        purse_micro[owner] += statement.accounts[0].amount_micro
+    for one in all_books:
+        purse_micro[one.broker] += sum(line.margin_micro - line.kept_micro + line.from_stock_micro for line in one.own)
+    assert sum(purse_micro.values()) == 0
+
+
+def _check_books_wh(world: World, books: Books, accounts: Accounts, all_books: list[BrokerBooks]) -> None:
+    """What providers are paid for was made and not withdrawn; what brokers keep, the ledger holds for them."""
+    kept: Counter[tuple[str, str]] = Counter()
+    for (broker, _, source), energy_wh in books.kept_wh.items():
+        kept[broker, source] += energy_wh
+    said = {(one.broker, line.source.label): line.kept_wh for one in all_books for line in one.own if line.kept_wh}
+    assert said == kept
+    standing = accounts.standing_wh()
+    provided: Counter[str] = Counter()
+    for one in all_books:
+        for account in one.accounts:
+            if account.flow is Flow.PROVIDED:
+                for line in account.lines:
+                    provided[line.device] += line.energy_wh
+    assert +provided == +standing

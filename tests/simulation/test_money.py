@@ -29,10 +29,12 @@ from broker.service.accounts import (
     provider_statement,
 )
 from broker.service.store import BrokerStore, DeliveryRow, TransferRow
+from simulation import audit
 from simulation.plans import PAIR, TRIO
 from simulation.world import INTERVAL_S, T0, Plan, World
 
 WHOLE = Span(T0, T0 + 4 * INTERVAL_S)
+FIRST = Span(T0, T0 + INTERVAL_S)
 
 
 def run(plan: Plan, folder: Path, *, consumer_margin: int = 0, neighbour_margin: int = 0, **options: Any) -> World:
@@ -118,6 +120,32 @@ def test_margins_are_on_each_transfer_and_delivery_and_no_order_is_sold_above_it
 def test_bought_energy_has_the_same_price_after_restarts(folder: Path) -> None:
     undisturbed = books_of(run(PAIR, folder / "calm", neighbour_margin=50))
     assert books_of(run(PAIR, folder / "killed", neighbour_margin=50, kills=6, disconnects=3, seed=11)) == undisturbed
+
+
+def test_what_is_withdrawn_is_credited_by_everyone_that_it_went_through(folder: Path) -> None:
+    """West bought 300 Wh of the mill's 900 for ben. Hours later the meter says that there were 200 in all."""
+    world = World(PAIR, folder)
+    late_s = T0 + 3 * INTERVAL_S
+    world.send("mill", world.meter_value("mill", T0, 200, revision=1), late_s)
+    ran = world.run(late_s - INTERVAL_S)
+    before = books_of(world, FIRST)
+    ran = world.run(T0 + 7 * INTERVAL_S)
+    audit.check(world, ran)
+    after = books_of(world, FIRST)
+
+    def lines(books: dict[str, Books], broker: str, flow: Flow, party: str, source: str) -> list[tuple[int, bool]]:
+        (account,) = [one for one in books[broker].accounts if (one.flow, one.party) == (flow, party)]
+        return [(line.energy_wh, line.taken_back) for line in account.lines if line.source.label == source]
+
+    provided = lines(before, "east", Flow.PROVIDED, "ola", "wind")
+    assert provided == [(900, False)]
+    assert lines(after, "east", Flow.PROVIDED, "ola", "wind") == [(900, False), (-700, True)]
+    sold = lines(before, "east", Flow.SOLD, "west", "wind")
+    assert lines(after, "east", Flow.SOLD, "west", "wind") == [*sold, (-sum(wh for wh, _ in sold), True)]
+    assert lines(after, "west", Flow.BOUGHT, "east", "wind") == lines(after, "east", Flow.SOLD, "west", "wind")
+    ben = lines(after, "west", Flow.DELIVERED, "ben", "wind")
+    assert sum(energy_wh for energy_wh, _ in ben) == 0
+    assert [taken_back for _, taken_back in ben] == [False, True]
 
 
 def test_what_costs_more_than_an_orders_limit_is_not_sold(folder: Path) -> None:

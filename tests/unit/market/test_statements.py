@@ -207,6 +207,61 @@ def test_an_accounts_intervals_add_up_to_its_lines(
         assert sum(part.amount_micro for part in line.intervals) == line.amount_micro
 
 
+def taken_back_after(
+    market: list[tuple[str, Source, int, int, int, list[tuple[str, int, int]]]], back: list[int]
+) -> dict[str, list[Trade]]:
+    """Of each lot so many Wh are withdrawn that the last broker still has, and so from all hands before it."""
+    trades = trades_of(market)
+    for number, most_wh in enumerate(back[: len(market)]):
+        chain = [
+            (name, trade)
+            for name, of_broker in trades.items()
+            for trade in of_broker
+            if trade.device == f"device-{number}" and trade.flow is not Flow.DELIVERED
+        ]
+        back_wh = min([most_wh, *(trade.energy_wh for _, trade in chain)])
+        given = [(name, trade) for name in BROKERS for trade in trades[name] if trade.device == f"device-{number}"]
+        passed_on_wh = sum(trade.energy_wh for _, trade in given if trade.flow is Flow.DELIVERED)
+        kept_wh = min(trade.energy_wh for _, trade in chain) - passed_on_wh
+        for name, trade in chain:
+            if 0 < back_wh <= kept_wh:
+                trades[name].append(trade._replace(energy_wh=-back_wh, taken_back=True))
+    return trades
+
+
+@given(MARKETS, st.lists(st.integers(0, 300), max_size=12))
+def test_what_is_taken_back_keeps_everything_in_balance_on_lines_of_its_own(
+    market: list[tuple[str, Source, int, int, int, list[tuple[str, int, int]]]], back: list[int]
+) -> None:
+    trades = taken_back_after(market, back)
+    books = [books_of(name, trades[name]) for name in BROKERS]
+    assert market_faults(books) == ()
+    for name, one in zip(BROKERS, books, strict=True):
+        for account in one.accounts:
+            assert all((line.energy_wh < 0) == line.taken_back for line in account.lines)
+            assert account.energy_wh == sum(
+                trade.energy_wh for trade in trades[name] if (trade.flow, trade.party) == (account.flow, account.party)
+            )
+    provided, delivered = (sum(one.amount_micro(flow) for one in books) for flow in (Flow.PROVIDED, Flow.DELIVERED))
+    assert delivered - provided == sum(
+        one.amount_micro(Flow.SOLD, Flow.DELIVERED) - one.amount_micro(Flow.PROVIDED, Flow.BOUGHT) for one in books
+    )
+
+
+def test_a_credit_worked_through() -> None:
+    """7 Wh at 101 are charged and 3 of them taken back: 707 and -303 nano, rounded down 0 and -1 µ. With the wind's
+    100 µ they are 100.404, so 100 in all; the µ that is missing goes to the 707.
+    """
+    trades = [given_wh(7, 101), given_wh(-3, 101)._replace(taken_back=True), given_wh(1_000, 100, WIND)]
+    account = account_of(Flow.DELIVERED, "home", trades)
+    assert (account.energy_wh, account.amount_micro) == (1_004, 100)
+    assert [(line.source, line.taken_back, line.energy_wh, line.amount_micro) for line in account.lines] == [
+        (SOLAR, False, 7, 1),
+        (SOLAR, True, -3, -1),
+        (WIND, False, 1_000, 100),
+    ]
+
+
 # What does not balance is named
 
 
