@@ -5,6 +5,8 @@ The fixtures that start mosquitto, brokers, agents and meters come from the publ
 
 import os
 import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,15 @@ settings.register_profile(
 )
 settings.register_profile("full", max_examples=500, deadline=None, print_blob=True)
 settings.load_profile("full" if os.environ.get("DENGEN_FULL") == "1" else "quick")
+
+
+@pytest.fixture(autouse=True)
+def _signal_handlers() -> Iterator[None]:
+    """Commands that serve set handlers for signals; the next test finds those of the test runner again."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from typing import Any, Final, TextIO, TypeVar
 
 from broker.config import load_genesis, parse_public_key
 from broker.ledger.operations import Operation
+from broker.protocol.command_line import shown
 from broker.protocol.envelope import parse, seal
 from broker.protocol.errors import MalformedMessage
 from broker.protocol.files import read_file
@@ -33,6 +34,9 @@ MAX_INPUT_BYTES: Final = 2**30
 """A certificate of a year and a proof of a large batch take some tens of megabytes."""
 
 CHECKPOINT_FILE: Final = "a checkpoint as `energy-broker ledger checkpoint` writes it"
+_MOST_PPM: Final = 10**9
+"""Far beyond 100 %: what is more than a slip is said before it is reckoned with."""
+
 _STATEMENT: Final = "a signed statement as `energy-broker registrar` and `energy-broker provider` write them"
 
 T = TypeVar("T")
@@ -110,9 +114,9 @@ def ppm_of(option: str, percent: str) -> int:
     try:
         ppm = Decimal(percent) * 10_000
     except InvalidOperation:
-        raise WrongValue(option, f"a percentage, got {percent!r}") from None
-    if not ppm.is_finite() or ppm != ppm.to_integral_value():
-        raise WrongValue(option, f"a percentage with at most four decimals, got {percent!r}")
+        raise WrongValue(option, f"a percentage, got {shown(percent)}") from None
+    if not ppm.is_finite() or abs(ppm) > _MOST_PPM or ppm != ppm.to_integral_value():
+        raise WrongValue(option, f"a percentage with at most four decimals, got {shown(percent)}")
     return int(ppm)
 
 

@@ -46,6 +46,7 @@ from broker.protocol import cbor, envelope
 from broker.protocol.codec import Bytes, Many, Row, Unsigned
 from broker.protocol.envelope import Signer
 from broker.protocol.errors import MalformedMessage, ProtocolError
+from broker.protocol.files import refused_by_system
 from broker.protocol.limits import MAX_BLOCK_BYTES, MAX_BROKER_MESSAGE_BYTES
 from broker.protocol.messages import HASH_BYTES, Block, Genesis
 
@@ -392,7 +393,9 @@ def take_snapshot(path: Path, out: Path) -> Manifest:
                 return write_snapshot(store, out)
         finally:
             store.close()
-    except (SnapshotFault, ProtocolError, ValueError, sqlite3.Error, OSError) as error:
+    except OSError as error:
+        raise LedgerError(path, f"no snapshot can be taken: {refused_by_system(error)}") from error
+    except (SnapshotFault, ProtocolError, ValueError, sqlite3.Error) as error:
         raise LedgerError(path, f"no snapshot can be taken: {error}") from error
 
 
@@ -431,8 +434,12 @@ def load_snapshot(snapshot: Path, file: Path, sealers: Mapping[bytes, Signer] = 
                 restoring.abandon()
         finally:
             source.close()
-    except (SnapshotFault, ProtocolError, sqlite3.Error, OSError) as error:
-        raise LedgerError(snapshot, f"cannot be restored: {error}") from error
+    except OSError as error:
+        raise LedgerError(snapshot, f"cannot be restored: {refused_by_system(error)}") from error
+    except (SnapshotFault, ProtocolError, sqlite3.Error) as error:
+        raise LedgerError(
+            snapshot, f"cannot be restored: {error}; give a file that `energy-broker ledger snapshot` wrote"
+        ) from error
     return source.manifest
 
 

@@ -39,7 +39,7 @@ from broker.ledger.validator_set import sets_around
 from broker.ledger.wal import log_fault
 from broker.protocol import envelope
 from broker.protocol.errors import ProtocolError
-from broker.protocol.files import read_file
+from broker.protocol.files import read_file, reason_of
 from broker.protocol.messages import Block, Genesis
 
 MAX_ERRORS: Final = 100
@@ -157,9 +157,8 @@ def _certificate(file: Path, needed: bool) -> Certificate | None:
     try:
         return Certificate.from_bytes(read_file(file, MAX_CERTIFICATE_BYTES))
     except (OSError, ProtocolError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
         raise LedgerError(
-            file, f"no certificate of a network: {reason}; get one with `energy-broker ledger certify`"
+            file, f"no certificate of a network: {reason_of(error)}; get one with `energy-broker ledger certify`"
         ) from error
 
 

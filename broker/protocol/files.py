@@ -19,10 +19,15 @@ def read_file(path: Path, most_bytes: int) -> bytes:
     return bytes(raw)
 
 
+def reason_of(error: Exception) -> str:
+    """Why something failed, in a few words: of an OSError without its number and the path, which the sentence names."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+
+
 def refused_by_system(error: OSError) -> str:
     """What the system refused, and what to do about it."""
     if error.strerror is None:
-        return str(error)
+        return reason_of(error)
     where = "" if error.filename is None else f"{error.filename}: "
     return f"{where}{error.strerror}; {_NEXT.get(error.errno or 0, 'check the path, and who may read and write there')}"
 

@@ -27,7 +27,7 @@ from typing import Annotated, Any, Final, NamedTuple
 
 from broker.protocol.addresses import Host, Port
 from broker.protocol.errors import KeyFileError
-from broker.protocol.files import read_file
+from broker.protocol.files import read_file, reason_of
 from broker.protocol.lean_import import deferred
 from broker.protocol.limits import MAX_BLOCK_BYTES
 from broker.protocol.topics import DEFAULT_ROOT
@@ -240,7 +240,7 @@ class MqttLink:
                 self._config.host, self._config.port, self._config.keepalive_s, clean_start=True, properties=properties
             )
         except OSError as error:
-            self._failed(f"{self._config.host}:{self._config.port}: {error}")
+            self._failed(f"{self._config.host}:{self._config.port}: {reason_of(error)}")
             return
         sock: Any = client.socket()
         with contextlib.suppress(OSError, AttributeError):
@@ -390,12 +390,13 @@ def _tls_context(config: MqttConfig) -> ssl.SSLContext:
     try:
         context = ssl.create_default_context(cafile=str(config.ca_file))
     except OSError as error:  # Of which ssl's own are a kind.
-        raise KeyFileError(str(config.ca_file), f"no certificates in PEM ({error}); check ca_file") from error
+        reason = f"no certificates in PEM ({reason_of(error)}); check ca_file"
+        raise KeyFileError(str(config.ca_file), reason) from error
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if config.certificate_file is not None:
         try:
             context.load_cert_chain(str(config.certificate_file), str(config.key_file) if config.key_file else None)
         except OSError as error:
-            reason = f"no certificate in PEM with its private key ({error}); check certificate_file and key_file"
+            reason = f"no certificate in PEM with its key ({reason_of(error)}); check certificate_file and key_file"
             raise KeyFileError(str(config.certificate_file), reason) from error
     return context

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
+from broker.protocol.addresses import Host
 from broker.protocol.command_line import shown, whole_number
 from firmware_config.loader import ConfigError, WrongValue
 from meter_agent.profiles import UnknownProfile, load_profile
@@ -132,6 +133,9 @@ def _probes(options: argparse.Namespace, note: Callable[[str], None]) -> Iterabl
     clock = RealClock()
     known = [_profile(options.profile)] if options.profile is not None else all_profiles()
     if options.host is not None:
+        expected = Host().check(options.host)
+        if expected is not None:
+            raise WrongOptions(f"scan: --host: expected {expected}")
         if options.baud is not None or options.parity is not None:
             raise WrongOptions("scan: --baud and --parity are for a serial port, not for --host")
         try:

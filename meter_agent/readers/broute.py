@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
+from broker.protocol.files import read_file, reason_of
 from firmware_config.loader import WrongValue
 from meter_agent.config import BRouteConfig, NamedMeter
 from meter_agent.framing.echonet import (
@@ -33,6 +34,8 @@ ASK_AFTER_S: Final = 20
 
 MAX_TRIES: Final = 3
 """Requests that get no answer are sent again so often (each waits 12 s), then the session is opened anew."""
+
+_MAX_PASSWORD_BYTES: Final = 4_096
 
 _IMPORT_NOW: Final = 0xE0
 _EXPORT_NOW: Final = 0xE3
@@ -232,9 +235,12 @@ def create_broute_reader(meter: NamedMeter, config: BRouteConfig, clock: Clock) 
 
 def _password(meter: str, path: Path) -> str:
     try:
-        password = path.read_text("ascii").strip()
-    except (OSError, ValueError) as error:
-        raise WrongValue(f"meters.{meter}.reader.password_file", f"a file with route B's password ({error})") from error
+        password = read_file(path, _MAX_PASSWORD_BYTES).decode("ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = reason_of(error) if isinstance(error, OSError) else "it is no text in ASCII"
+        raise WrongValue(
+            f"meters.{meter}.reader.password_file", f"a file with route B's password ({reason})"
+        ) from error
     if not password:
         raise WrongValue(f"meters.{meter}.reader.password_file", f"a file with route B's password, {path} is empty")
     return password

@@ -14,6 +14,7 @@ Failures are reported once, as ReadFailure, with what the operator can do; the n
 """
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -120,7 +121,7 @@ class SerialTarget:
 
     def cannot_open(self) -> str:
         """Why the port cannot be opened, as far as we can tell."""
-        if not self.port.exists():
+        if not os.path.exists(self.port):  # False, too, where the path itself is too long.
             return f"the serial port {self.port} is missing; is the adapter plugged in? (see /dev/serial/by-id)"
         return (
             f"the serial port {self.port} cannot be opened: another program has it, "

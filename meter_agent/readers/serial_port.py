@@ -6,6 +6,7 @@ setting does not: it has the kernel send parity and never look at it. With eight
 bit more, so it must be set; what the bytes are worth is for the frame's check sequence to say.
 """
 
+import os
 import termios
 from pathlib import Path
 from typing import Literal
@@ -20,7 +21,7 @@ def open_port(meter: str, port: Path, baud: int, parity: Literal["N", "E", "O"] 
     try:
         handle = serial.Serial(str(port), baudrate=baud, parity=parity, timeout=0, exclusive=True)
     except (OSError, termios.error) as error:
-        if not port.exists():
+        if not os.path.exists(port):  # False, too, where the path itself is too long.
             reason = f"the serial port {port} is missing; is the cable plugged in? (see /dev/serial/by-id)"
         else:
             reason = f"the serial port {port} cannot be opened ({error}); is it in use, and is this user in dialout?"

@@ -5,6 +5,8 @@ import subprocess
 from pathlib import Path
 from typing import Final
 
+from broker.protocol.files import reason_of
+
 VERSION: Final = "0.38.25"
 """The version that this package was tested with; all 0.38 speak the same protocol."""
 
@@ -26,7 +28,9 @@ def find_cometbft(named: Path | None = None) -> Path:
     try:
         ended = subprocess.run([found, "version"], capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise CometbftMissing(f"{found} does not run ({error}); give the path of cometbft {VERSION}") from error
+        raise CometbftMissing(
+            f"{found} does not run ({reason_of(error)}); give the path of cometbft {VERSION}"
+        ) from error
     said = ended.stdout.strip()
     if not said.removeprefix("v").startswith(_RELEASE):
         raise CometbftMissing(

@@ -26,6 +26,7 @@ from broker.ledger.cometbft.certify import CommitNode, certify
 from broker.ledger.cometbft.home import LEDGER_FOLDER, NODE_FILE, SOCKET_NAME, load_node_config, write_home
 from broker.ledger.cometbft.rpc import HttpNode, NodeError
 from broker.ledger.store import LedgerError
+from broker.protocol.files import reason_of
 from broker.protocol.keys import PrivateKey, load_private_key
 from broker.protocol.messages import Genesis
 from firmware_config.loader import ConfigError
@@ -167,7 +168,7 @@ class Cometbft:
         try:
             self._keep_running()
         except OSError as error:
-            self._give_up(f"cometbft cannot be started ({error})")
+            self._give_up(f"cometbft cannot be started ({reason_of(error)})")
         finally:
             self.ended.set()
 

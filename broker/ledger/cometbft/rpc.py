@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 from urllib.parse import urlsplit
 
+from broker.protocol.files import reason_of
 from firmware_config.loader import WrongValue
 
 MAX_ANSWER_BYTES: Final = 16 * 2**20
@@ -105,7 +106,7 @@ class HttpNode:
             return answer["result"]
         except (OSError, http.client.HTTPException) as failure:
             self._connection.close()
-            raise NodeError(self.url, f"no answer ({str(failure) or type(failure).__name__})") from failure
+            raise NodeError(self.url, f"no answer ({reason_of(failure)})") from failure
         except (ValueError, KeyError, TypeError, AttributeError) as failure:
             self._connection.close()
             raise NodeError(self.url, f"its answer is no JSON-RPC ({failure!r})") from failure

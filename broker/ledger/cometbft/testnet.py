@@ -30,7 +30,9 @@ from broker.ledger.cometbft.home import (
 )
 from broker.ledger.cometbft.rpc import HttpNode, NodeError
 from broker.protocol import cbor
+from broker.protocol.files import read_file
 from broker.protocol.keys import generate_private_key
+from firmware_config.loader import ConfigError
 
 FILE_NAME: Final = "testnet.json"
 
@@ -41,6 +43,7 @@ _STOP_LIMIT_S: Final = 20.0
 _RESTART_AFTER_S: Final = 1.0
 _ANSWER_LIMIT_S: Final = 2.0
 _MAX_HEAD_BYTES: Final = 65_536
+_MAX_LIST_BYTES: Final = 1_048_576
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +95,15 @@ def set_up(
 
 
 def load_testnet(folder: Path) -> tuple[TestnetNode, ...]:
-    """The nodes that `set_up` made. Raises FileNotFoundError if there are none."""
-    listing = json.loads((folder / FILE_NAME).read_text())
-    return tuple(TestnetNode(node["name"], folder / node["home"], node["rpc"], node["p2p"]) for node in listing)
+    """The nodes that `set_up` made. Raises OSError if there are none, ConfigError if their list is damaged."""
+    file = folder / FILE_NAME
+    try:
+        listing = json.loads(read_file(file, _MAX_LIST_BYTES))
+        return tuple(TestnetNode(node["name"], folder / node["home"], node["rpc"], node["p2p"]) for node in listing)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ConfigError(
+            file, "", "the list of nodes that `ledger testnet` wrote; make a new one elsewhere"
+        ) from error
 
 
 def node_command(home: Path) -> list[str]:
