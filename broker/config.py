@@ -118,7 +118,8 @@ class CertificatesSection:
     """By which factors certificates reckon CO2, in mg CO2-equivalent per kWh by source, and whose figures they are.
 
     `unmatched` names a residual mix for what no asset stands for. What the table does not name keeps its default.
-    `ledger` is a directory with a copy of the ledger by a validator, where this broker does not host it.
+    `ledger` is a directory with a copy of the ledger by a validator, where this broker does not host it. Without one a
+    copy is made over MQTT, in `data_dir`.
     """
 
     ledger: Path | None = None

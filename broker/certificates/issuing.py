@@ -10,17 +10,29 @@ from broker.certificates.gather import issue_certificate
 from broker.config import UNMATCHED_LABEL, BrokerConfig, load_genesis
 from broker.protocol.keys import load_private_key
 from broker.protocol.sources import Source
+from broker.service.ledger_copy import update_copy
 from broker.service.store import BrokerStore
 
 INDEX_NAME: Final = "ledger-index.db"
 """Beside the broker's database. It holds nothing that is not on the ledger, and may be removed."""
 
 
-def ledger_of(config: BrokerConfig) -> Path | None:
-    """The directory in which this broker has the ledger, None if it has none."""
+class NoLedger(Exception):
+    """This broker has no copy of the ledger, and none can be made. The text says what to do."""
+
+
+def ledger_of(config: BrokerConfig) -> Path:
+    """The directory in which this broker has the ledger; a copy of a remote one is brought up to date first.
+
+    Raises NoLedger, and what `ledger_copy.update_copy` raises.
+    """
     if config.certificates.ledger is not None:
         return config.certificates.ledger
-    return config.ledger.host.path if config.ledger.host is not None else None
+    if config.ledger.host is not None:
+        return config.ledger.host.path
+    if config.ledger.cometbft is not None:
+        raise NoLedger("name the directory of a node's copy of the ledger as `ledger` in [certificates] of the config")
+    return update_copy(config)
 
 
 def issue(config: BrokerConfig, ledger: Path, meter: str, period: tuple[int, int]) -> bytes:

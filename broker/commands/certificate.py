@@ -38,7 +38,10 @@ def add_commands(commands: Any) -> None:
     issue.add_argument("--meter", required=True, metavar="NAME", help="the consumer's meter")
     add_period_options(issue)
     issue.add_argument(
-        "--ledger", type=Path, metavar="PATH", help="the ledger's directory; default: as the config says"
+        "--ledger",
+        type=Path,
+        metavar="PATH",
+        help="the ledger's directory; default: as the config says, or a copy of its own that is brought up to date",
     )
     issue.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the certificate")
     verify = add_command(
@@ -75,14 +78,13 @@ def add_commands(commands: Any) -> None:
 
 def _issue(options: argparse.Namespace) -> int:
     from broker.certificates.build import CertificateError
-    from broker.certificates.issuing import issue, ledger_of
+    from broker.certificates.issuing import NoLedger, issue, ledger_of
 
     config = load_broker_config(options.config)
-    ledger = options.ledger or ledger_of(config)
-    if ledger is None:
-        raise WrongValue("--ledger", "a directory with a copy of the ledger: this broker's config names none")
     try:
-        raw = issue(config, ledger, options.meter, period_of(options))
+        raw = issue(config, options.ledger or ledger_of(config), options.meter, period_of(options))
+    except NoLedger as error:
+        raise WrongValue("--ledger", f"a directory with a copy of the ledger; or {error}") from error
     except CertificateError as error:
         raise WrongValue("certificate", str(error)) from error
     options.out.write_bytes(raw)

@@ -1,8 +1,8 @@
 """Consumers ask for certificates over MQTT; a process beside the broker makes them, one at a time.
 
-Making one reads the ledger from its first operation on, which may take longer than a gate lasts, so the event loop only
-takes requests, looks whether one is done, and sends a few parts a turn. Nothing of this is stored: whoever gets no
-answer asks again.
+Making one takes in what has come to the ledger since the last one, which may take longer than a gate lasts, so the
+event loop only takes requests, looks whether one is done, and sends a few parts a turn. Nothing of this is stored:
+whoever gets no answer asks again.
 """
 
 import multiprocessing
@@ -14,7 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Final, NamedTuple
 
 from broker.certificates.build import CertificateError
-from broker.certificates.issuing import issue, ledger_of
+from broker.certificates.issuing import NoLedger, issue, ledger_of
 from broker.config import BrokerConfig
 from broker.ledger.store import LedgerError
 from broker.protocol.envelope import Signer, open_envelope
@@ -25,6 +25,7 @@ from broker.protocol.messages import CertificatePart, CertificateRequest
 from broker.protocol.topics import Topics
 from broker.service.outputs import Identity, Publication
 from broker.service.store import BrokerStore, StoreError
+from firmware_config.loader import ConfigError
 
 MAX_WAITING: Final = 64
 """Requests that wait; a consumer beyond it is told to ask later."""
@@ -156,12 +157,11 @@ class CertificateProcess:
 
 
 def _make(config: BrokerConfig, request: CertificateRequest) -> Made:
-    ledger = ledger_of(config)
-    if ledger is None:
-        return Made(b"", f"{config.broker.name} has no copy of the ledger to issue certificates from; ask its operator")
     try:
-        return Made(issue(config, ledger, request.meter, (request.from_s, request.to_s)), None)
+        return Made(issue(config, ledger_of(config), request.meter, (request.from_s, request.to_s)), None)
     except CertificateError as error:
         return Made(b"", str(error))
-    except (LedgerError, StoreError, KeyFileError, ProtocolError, OSError) as error:
+    except NoLedger:
+        return Made(b"", f"{config.broker.name} has no copy of the ledger to issue certificates from; ask its operator")
+    except (LedgerError, StoreError, KeyFileError, ProtocolError, ConfigError, OSError) as error:
         return Made(b"", f"{config.broker.name} cannot issue certificates at present: {type(error).__name__}")

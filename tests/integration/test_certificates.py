@@ -15,6 +15,8 @@ from dengen_testing.processes import ProcessGroup
 from support.broker_desk import INTERVAL_S, T0, BrokerDesk
 from support.schema import validate_traffic
 
+from broker.service.ledger_copy import COPY_NAME
+
 pytestmark = pytest.mark.integration
 
 
@@ -57,8 +59,16 @@ def test_a_consumers_agent_gets_a_certificate_that_verifies_offline(desk: Broker
     proven = json.loads(energy_broker("certificate", "verify", out, "--trust", trust, "--json"))
     assert (proven["meter"], proven["broker"], proven["demanded_wh"]) == ("anna", "east", 500)
     assert proven["by_source_wh"] == {"solar": 300, "wind": 200}
-    # The other broker has no copy of the ledger, and says so.
-    without = ask(desk, "ben", T0, T0 + INTERVAL_S, tmp_path / "ben.cbor")
-    assert without.returncode == 1
-    assert "west has no copy of the ledger" in without.stderr
+    # The other broker reaches the ledger over MQTT only: it makes a copy of its own, which verifies like the host's.
+    remote = tmp_path / "ben.cbor"
+    asked = ask(desk, "ben", T0, T0 + INTERVAL_S, remote)
+    assert asked.returncode == 0, asked.stderr
+    copy = desk.workspace.config("west").with_name("west-data") / COPY_NAME
+    proven = json.loads(
+        energy_broker("certificate", "verify", remote, "--trust", trust, "--ledger", desk.workspace.ledger, "--json")
+    )
+    assert (proven["meter"], proven["broker"], proven["demanded_wh"]) == ("ben", "west", 300)
+    assert proven["ledger_now"]["faults"] == []
+    energy_broker("ledger", "compare", copy, desk.workspace.ledger, "--allow-prefix")
+    energy_broker("ledger", "verify", copy)
     validate_traffic((message.topic, message.payload) for message in desk.listener.messages)

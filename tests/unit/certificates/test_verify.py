@@ -3,6 +3,7 @@
 Most forgeries here are signed anew by the broker itself, so that what refuses them is the proof and not the signature.
 """
 
+from collections import Counter
 from dataclasses import replace
 
 import cbor2
@@ -110,11 +111,30 @@ def test_altered_in_any_bit_it_fails(position: int, bit: int) -> None:
         verify_certificate(bytes(altered), WORLD.trust)
 
 
-def test_altered_in_any_byte_it_fails() -> None:
-    for position in range(len(RAW)):
-        altered = RAW[:position] + bytes([RAW[position] ^ 0x55]) + RAW[position + 1 :]
-        with pytest.raises(ProtocolError):
-            verify_certificate(altered, WORLD.trust)
+def test_altered_in_any_byte_it_fails_with_the_reason() -> None:
+    reasons = Counter(altered_at(position) for position in range(len(RAW)))
+    assert sum(reasons.values()) == len(RAW)
+    assert set(reasons) == {"signature", "other ledger", "encoding", "stranger", "other registration"}
+    assert reasons["signature"] > len(RAW) * 3 / 4
+
+
+def altered_at(position: int) -> str:
+    """Why a certificate with that byte changed is refused."""
+    altered = RAW[:position] + bytes([RAW[position] ^ 0x55]) + RAW[position + 1 :]
+    with pytest.raises(ProtocolError) as caught:
+        verify_certificate(altered, WORLD.trust)
+    for reason, text in (
+        ("other ledger", "it is about another ledger than test-ledger"),
+        ("other registration", "it holds a registration that is not the one of broker"),
+        ("stranger", "is not registered here"),
+        ("encoding", "expected "),
+        # The broker's over all of it, or a registrar's over what it states.
+        ("signature", "does not fit: the certificate was changed after it was signed"),
+        ("signature", "does not verify for registrar"),
+    ):
+        if text in str(caught.value):
+            return reason
+    raise AssertionError(f"byte {position}: {caught.value}")
 
 
 @pytest.mark.parametrize("raw", [RAW + b"\x00", RAW[:-1], RAW[1:], b"", b"\xd2\x84"])
@@ -270,6 +290,16 @@ def test_double_listed_slices_fail() -> None:
     assert "listed twice" in refused(with_given(TRUE, one, one, other))
     overlapping = (one._replace(to_wh=200), one._replace(from_wh=199), other)
     assert "are listed twice" in refused(with_given(TRUE, *overlapping))
+
+
+def test_wh_that_two_intervals_list_fail() -> None:
+    """Validators let them be delivered twice, for two demands of one day."""
+    world = one_interval()
+    later_s = T0 + INTERVAL_S
+    committed = world.demand(later_s, 50)
+    world.deliver(600, later_s, 50, committed, (asset("solar-1"), 250, 300), window=Window.DAY)
+    world.closes(9_000, later_s, 50, committed)
+    assert "Wh 250 to 300 of solar-1 are listed twice" in refused(world.certificate(T0, later_s + INTERVAL_S), world)
 
 
 def test_the_same_operation_in_two_places_of_the_file_fails() -> None:
