@@ -23,7 +23,7 @@ from broker.commands import (
     registrar,
     statement,
 )
-from broker.commands.common import DONE, FAILED, USAGE, Command
+from broker.commands.common import DONE, FAILED, USAGE, Command, WrongUse
 from broker.market.contracts import ContractError
 from broker.market.terms import TermsError
 from broker.protocol.command_line import not_text
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return DONE  # Whoever read our output, `head` for one, has seen enough.
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         return _say(USAGE, refused_by_system(error))
-    except (ConfigError, WrongValue, ContractError, TermsError, RegistrationError, KeyFileError) as error:
+    except (ConfigError, WrongUse, WrongValue, ContractError, TermsError, RegistrationError, KeyFileError) as error:
         return _say(USAGE, error)
     except (ProtocolError, StoreError, LedgerError, CopyError, AccountsError) as error:
         return _say(FAILED, error)

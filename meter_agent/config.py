@@ -243,7 +243,7 @@ class PartyKey:
         try:
             self.public_key()
         except (ValueError, MalformedMessage) as error:
-            raise WrongValue("key", f"the hex digits of a COSE_Key ({error})") from error
+            raise WrongValue("key", "the broker's public key in hex, as `energy-broker key show` prints it") from error
 
     def public_key(self) -> PublicKey:
         """The key itself."""

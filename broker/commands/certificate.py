@@ -11,6 +11,7 @@ from broker.commands.common import (
     DONE,
     FAILED,
     MAX_INPUT_BYTES,
+    WrongUse,
     add_command,
     add_config_option,
     add_group,
@@ -19,6 +20,7 @@ from broker.commands.common import (
 )
 from broker.commands.period import add_period_options, period_of
 from broker.config import UNMATCHED_LABEL, load_broker_config, load_trust
+from broker.protocol.errors import MalformedMessage
 from broker.protocol.files import read_file
 from broker.protocol.sources import Source
 from firmware_config.loader import WrongValue
@@ -86,7 +88,7 @@ def _issue(options: argparse.Namespace) -> int:
     except NoLedger as error:
         raise WrongValue("--ledger", f"a directory with a copy of the ledger; or {error}") from error
     except CertificateError as error:
-        raise WrongValue("certificate", str(error)) from error
+        raise WrongUse(str(error)) from error
     options.out.write_bytes(raw)
     print(f"{options.out}: {len(raw)} bytes; it opens {options.meter}'s demands in this period, and no others")
     return DONE
@@ -101,7 +103,10 @@ def _verify(options: argparse.Namespace) -> int:
     known = None
     if options.checkpoint is not None:
         known, _ = read_as(options.checkpoint, CHECKPOINT_FILE, lambda raw: verify_checkpoint(raw, trust))
-    verified = verify_on_all_processors(read_file(options.file, MAX_INPUT_BYTES), trust, known)
+    try:
+        verified = verify_on_all_processors(read_file(options.file, MAX_INPUT_BYTES), trust, known)
+    except MalformedMessage as error:
+        raise MalformedMessage(f"{options.file}: {error.where}", error.expected) from error
     standing = None if options.ledger is None else standing_in(verified, options.ledger)
     faults = () if standing is None else standing.faults
     for fault in faults:

@@ -34,14 +34,17 @@ MAX_INPUT_BYTES: Final = 2**30
 """A certificate of a year and a proof of a large batch take some tens of megabytes."""
 
 CHECKPOINT_FILE: Final = "a checkpoint as `energy-broker ledger checkpoint` writes it"
-_MOST_PPM: Final = 10**9
-"""Far beyond 100 %: what is more than a slip is said before it is reckoned with."""
+_WHOLE_PPM: Final = 1_000_000
 
 _STATEMENT: Final = "a signed statement as `energy-broker registrar` and `energy-broker provider` write them"
 
 T = TypeVar("T")
 
 Command = Callable[[argparse.Namespace], int]
+
+
+class WrongUse(Exception):
+    """Arguments that are right one by one, and ask for what cannot be. The text says so, and what to give instead."""
 
 
 def add_command(commands: Any, name: str, text: str, command: Command) -> argparse.ArgumentParser:
@@ -111,12 +114,13 @@ def _sealed(raw: bytes) -> bytes:
 
 def ppm_of(option: str, percent: str) -> int:
     """A percentage as typed, in ppm; exact, because it has at most four decimals."""
+    expected = f"a percentage from 0 to 100 with at most four decimals, got {shown(percent)}"
     try:
         ppm = Decimal(percent) * 10_000
     except InvalidOperation:
-        raise WrongValue(option, f"a percentage, got {shown(percent)}") from None
-    if not ppm.is_finite() or abs(ppm) > _MOST_PPM or ppm != ppm.to_integral_value():
-        raise WrongValue(option, f"a percentage with at most four decimals, got {shown(percent)}")
+        raise WrongValue(option, expected) from None
+    if not ppm.is_finite() or not 0 <= ppm <= _WHOLE_PPM or ppm != ppm.to_integral_value():
+        raise WrongValue(option, expected)
     return int(ppm)
 
 

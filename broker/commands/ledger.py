@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from broker.commands import copies, ledger_audit, ledger_compare, ledger_network, ledger_proofs, ledger_verify, privacy
-from broker.commands.common import DONE, add_command, add_group, named_key, plain, print_row
+from broker.commands.common import DONE, WrongUse, add_command, add_group, named_key, plain, print_row
 from broker.config import load_genesis
 from broker.protocol.command_line import whole_number
 from broker.protocol.errors import MalformedMessage
@@ -93,7 +93,7 @@ def _ledger_genesis(options: argparse.Namespace) -> int:
     try:
         MarketCalendar(options.interval_s, options.gate_1_s, options.gate_2_s)
     except ValueError as error:
-        raise WrongValue("ledger genesis", str(error)) from error
+        raise WrongUse(f"--interval-s and gates: {error}") from error
     genesis = Genesis(
         options.ledger,
         options.interval_s,

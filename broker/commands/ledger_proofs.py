@@ -147,7 +147,10 @@ def _certify(options: argparse.Namespace) -> int:
     from broker.ledger.cometbft.rpc import HttpNode, NodeError
 
     trust = load_trust(options.trust)
-    node = HttpNode(options.node, _ANSWER_LIMIT_S)
+    try:
+        node = HttpNode(options.node, _ANSWER_LIMIT_S)
+    except WrongValue as error:
+        raise WrongValue("--node", f"http://HOST:PORT, got {shown(options.node)}") from error
     try:
         certificate = certify(node, trust.ledger, _CERTIFY_LIMIT_S)
     except NodeError as error:

@@ -33,16 +33,16 @@ def period_of(options: argparse.Namespace) -> Span:
     if len(given) != 1 or (options.from_s is None) != (options.to_s is None):
         raise WrongValue("--month", "a period: --month, or --day, or --from and --to")
     if options.month is not None:
-        begin_s = _day_s("--month", f"{options.month}-01", "2026-01")
+        begin_s = _day_s("--month", f"{options.month}-01", "a month, for example 2026-01")
         return window_span(Window.MONTH, Interval(begin_s, begin_s + DAY_S))
     if options.day is not None:
-        begin_s = _day_s("--day", options.day, "2026-01-31")
+        begin_s = _day_s("--day", options.day, "a day, for example 2026-01-31")
         return Span(begin_s, begin_s + DAY_S)
     return Span(options.from_s, options.to_s)
 
 
-def _day_s(option: str, text: str, example: str) -> int:
+def _day_s(option: str, text: str, expected: str) -> int:
     try:
         return int(datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC).timestamp())
     except ValueError:
-        raise WrongValue(option, f"for example {example}, got {shown(text)}") from None
+        raise WrongValue(option, f"{expected}, got {shown(text)}") from None

@@ -5,7 +5,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from broker.commands.common import DONE, FAILED, MAX_INPUT_BYTES, add_command, add_config_option, counted, print_row
+from broker.commands.common import (
+    DONE,
+    FAILED,
+    MAX_INPUT_BYTES,
+    WrongUse,
+    add_command,
+    add_config_option,
+    counted,
+    print_row,
+)
 from broker.config import load_broker_config, load_genesis
 from broker.protocol.files import read_file
 from firmware_config.loader import WrongValue
@@ -38,7 +47,7 @@ def _disclose(options: argparse.Namespace) -> int:
     try:
         day = day_number(options.day)
     except DisclosureError as error:
-        raise WrongValue("--day", str(error)) from error
+        raise WrongUse(f"--day: {error}") from error
     store = BrokerStore(config.database)
     try:
         opened = disclose(store, load_genesis(config.ledger.genesis_file), config.broker.name, options.meter, day)

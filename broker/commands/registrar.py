@@ -3,12 +3,11 @@
 import argparse
 from typing import Any
 
-from broker.commands.common import add_command, add_group, add_signing_options, write_signed
+from broker.commands.common import WrongUse, add_command, add_group, add_signing_options, write_signed
 from broker.config import parse_public_key
 from broker.protocol.command_line import time_s, whole_number
 from broker.protocol.messages import Admission, Carrier, Registration, Role
 from broker.protocol.sources import Source, source_from_label
-from firmware_config.loader import WrongValue
 
 
 def add_commands(commands: Any) -> None:
@@ -49,7 +48,7 @@ def _registrar_admit(options: argparse.Namespace) -> int:
     try:
         source = source_from_label(options.source)
     except ValueError as error:
-        raise WrongValue("--source", str(error)) from error
+        raise WrongUse(f"--source: {error}") from error
     admission = Admission(
         options.device,
         options.owner,

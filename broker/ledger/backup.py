@@ -40,7 +40,10 @@ def copy_ledger(path: Path, database: sqlite3.Connection, out: Path) -> VerifyRe
         # What proves the blocks of a network's node that is no validator.
         (out / CERTIFICATE_NAME).write_bytes(certificate)
         flush_file(out / CERTIFICATE_NAME)
-    report = verify_ledger(out)
+    try:
+        report = verify_ledger(out)
+    except LedgerError as error:
+        raise LedgerError(path, f"its copy cannot be verified, since {error.reason}") from error
     if not report.ok:
         raise LedgerError(path, f"its copy does not verify: {report.errors[0]}; restore the ledger from another copy")
     return report

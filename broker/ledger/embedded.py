@@ -58,7 +58,10 @@ class EmbeddedLedger:
             self._store = opened_store(path, genesis)
             self._head = checked_head(path, self._store, self._genesis)
             if not self._seals(self._store):
-                raise LedgerError(path, f"{validator_name} with this key is no validator of ledger {genesis.ledger}")
+                raise LedgerError(
+                    path,
+                    f"{validator_name} with this key is no validator of ledger {genesis.ledger}; check name and key_file",
+                )
         except (sqlite3.Error, LedgerError) as error:
             os.close(self._lock)
             if isinstance(error, LedgerError):

@@ -395,8 +395,12 @@ def take_snapshot(path: Path, out: Path) -> Manifest:
             store.close()
     except OSError as error:
         raise LedgerError(path, f"no snapshot can be taken: {refused_by_system(error)}") from error
-    except (SnapshotFault, ProtocolError, ValueError, sqlite3.Error) as error:
+    except SnapshotFault as error:
         raise LedgerError(path, f"no snapshot can be taken: {error}") from error
+    except (ProtocolError, ValueError, sqlite3.Error) as error:
+        raise LedgerError(
+            path, f"no snapshot can be taken: {error}; run `energy-broker ledger verify` on the ledger"
+        ) from error
 
 
 def restore_snapshot(snapshot: Path, path: Path, expected_digest: bytes | None = None) -> Manifest:

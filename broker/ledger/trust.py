@@ -80,12 +80,12 @@ def read_trust(text: str) -> Trust:
     try:
         value: Any = json.loads(text)
     except json.JSONDecodeError as error:
-        raise MalformedMessage("trust file", f"JSON as `energy-broker ledger trust` prints it ({error})") from error
+        raise MalformedMessage("trust file", f"JSON ({error})") from error
     except (ValueError, RecursionError) as error:
         # A number of thousands of digits, or thousands of brackets within each other.
-        raise MalformedMessage("trust file", "JSON as `energy-broker ledger trust` prints it") from error
+        raise MalformedMessage("trust file", "JSON of ordinary depth and numbers") from error
     if type(value) is not dict:
-        raise MalformedMessage("trust file", "an object, as `energy-broker ledger trust` prints it")
+        raise MalformedMessage("trust file", "an object")
     ledger = value.get("ledger")
     if type(ledger) is not str or not is_name(ledger):
         raise MalformedMessage("trust file: ledger", "the ledger's name")

@@ -127,7 +127,7 @@ def verify_ledger(
     try:
         store = Store.open_read_only(file)
     except sqlite3.Error as error:
-        raise LedgerError(path, f"SQLite cannot open it: {error}") from error
+        raise LedgerError(path, f"SQLite cannot open it: {error}; restore the ledger from a copy") from error
     try:
         genesis = _genesis(path, store)
         signatures = Helpers(path, _helpers_for(path) if helpers is None else helpers)

@@ -206,13 +206,13 @@ def make_contract(
     if not is_name(area):
         raise ContractError(f"{area!r} is no name", "use the registered name of an area: a-z, 0-9 and -")
     if type(valid_from_s) is not int or not 0 <= valid_from_s <= MAX_INTEGER:
-        raise ContractError(f"valid from {valid_from_s!r}", "give UTC epoch seconds")
+        raise ContractError(f"valid from {valid_from_s!r}", "give UTC epoch seconds, which begin in 1970")
     if valid_until_s is not None and (
         type(valid_until_s) is not int or not valid_from_s < valid_until_s <= MAX_INTEGER
     ):
         raise ContractError(
             f"valid from {valid_from_s} until {valid_until_s!r}",
-            "give an end in UTC epoch seconds after the beginning, or leave it out for a contract without end",
+            "give an end after the beginning, or leave it out for a contract without end",
         )
     if highest_price is not None:
         _check_price("highest price", highest_price)

@@ -34,7 +34,7 @@ def refused_by_system(error: OSError) -> str:
 
 _NEXT: Final = {
     errno.EFBIG: "give the right file",
-    errno.EEXIST: "nothing is overwritten, so give another name or move it away",
+    errno.EEXIST: "nothing takes its place: give another name, or move it away",
     errno.EISDIR: "give a file",
     errno.ENOENT: "check the path, and that its directory is there",
     errno.ENOSPC: "free disk space",

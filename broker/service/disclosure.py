@@ -88,8 +88,11 @@ class Disclosure:
             raise DisclosureError(f"it is longer than {MAX_FILE_CHARACTERS} characters, which no disclosure is")
         try:
             value: Any = json.loads(text)
-        except (ValueError, RecursionError) as error:
+        except json.JSONDecodeError as error:
             raise DisclosureError(f"it is no JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            # A number of thousands of digits, or thousands of brackets within each other.
+            raise DisclosureError("it is no JSON of a disclosure") from error
         if type(value) is not dict or value.get("disclosure") != VERSION:
             raise DisclosureError("it is no disclosure, or one of another version of this program")
         demands = value.get("demands")

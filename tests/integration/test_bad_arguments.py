@@ -30,7 +30,7 @@ SERVES_AFTER_S: Final = 0.3
 
 UGLY: Final = re.compile(
     r"Traceback|Errno|codec can't|invalid \w+ value|object at 0x|NoneType|PosixPath|"
-    r"from (\d+) to \1\b"
+    r"from (\d+) to \1\b|expected (expected|for example|unknown|no )"
 )
 """What no sentence for an operator has in it."""
 

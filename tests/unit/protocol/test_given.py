@@ -38,7 +38,7 @@ def test_a_device_without_end_is_no_file() -> None:
     [
         (errno.ENOENT, "check the path, and that its directory is there"),
         (errno.EISDIR, "give a file"),
-        (errno.EEXIST, "give another name or move it away"),
+        (errno.EEXIST, "give another name, or move it away"),
         (errno.ENOSPC, "free disk space"),
         (errno.EACCES, "who may read and write there"),
     ],

@@ -187,7 +187,7 @@ WRONG: dict[str, tuple[Callable[[Desk], list[object]], str]] = {
     "a share of NaN": (lambda d: d.consumer("--line", "solar=nan"), "percentage"),
     "an infinite share": (lambda d: d.consumer("--line", "solar=inf"), "percentage"),
     "a share without end": (lambda d: d.consumer("--line", "solar=33.33333"), "four decimals"),
-    "a negative share": (lambda d: d.consumer("--line", "solar=-5"), "above 0"),
+    "a negative share": (lambda d: d.consumer("--line", "solar=-5"), "from 0 to 100"),
     "a line twice": (lambda d: d.consumer("--line", "solar=5", "--line", "solar=5"), "two lines"),
     "unknown shortage choice": (lambda d: d.consumer("--shortage", "cry"), "unmatched, any or substitutes"),
     "unknown substitute": (lambda d: d.consumer("--shortage", "substitutes:moon"), "moon"),
@@ -226,6 +226,7 @@ WRONG: dict[str, tuple[Callable[[Desk], list[object]], str]] = {
         lambda d: ["consumer", "contract", *d.consumer()[2:6], "--from", "2030-01-01T00:00:00Z"],
         "no consumer home",
     ),
+    "a share beyond all": (lambda d: d.consumer("--line", "solar=" + "1" * 5_000), "from 0 to 100"),
     "unknown device source": (
         lambda d: [
             *("registrar", "admit", "--genesis", d.file("genesis.cbor"), "--name", "registrar"),
@@ -233,7 +234,7 @@ WRONG: dict[str, tuple[Callable[[Desk], list[object]], str]] = {
             *("--source", "moonlight", "--capacity-w", "1", "--area", "home"),
             *("--commissioned", "2020-01-01T00:00:00Z", "--out", d.file("x")),
         ],
-        "moonlight",
+        "--source: unknown source 'moonlight'; known: solar",
     ),
     "device without capacity": (
         lambda d: [
