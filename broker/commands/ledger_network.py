@@ -8,13 +8,13 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from broker.commands.common import DONE, FAILED, add_command, add_group
+from broker.commands.common import DONE, FAILED, WrongUse, add_command, add_group
 from broker.config import load_genesis
 from broker.protocol.addresses import Address, Host
 from broker.protocol.command_line import whole_number
 from broker.protocol.keys import generate_private_key, load_private_key, save_private_key
 from broker.protocol.messages import Genesis, NamedKey
-from firmware_config.loader import ConfigError, WrongValue
+from firmware_config.loader import WrongValue
 
 
 def add_commands(group: Any) -> None:
@@ -87,7 +87,7 @@ def _node_init(options: argparse.Namespace) -> int:
         RpcSection(options.rpc),
     )
     if (options.home / NODE_FILE).exists():
-        raise ConfigError(options.home / NODE_FILE, "", "no such file yet; edit it, it is read at every start")
+        raise WrongUse(f"{options.home / NODE_FILE} is there already; edit it, since it is read at every start")
     write_node_key(options.home, generate_private_key())
     (options.home / NODE_FILE).write_text(node_config_text(config))
     if NamedKey(options.name, key.public.cose_key) not in genesis.validators:

@@ -60,7 +60,7 @@ class EmbeddedLedger:
             if not self._seals(self._store):
                 raise LedgerError(
                     path,
-                    f"{validator_name} with this key is no validator of ledger {genesis.ledger}; check name and key_file",
+                    f"{validator_name} is no validator of ledger {genesis.ledger} with this key; check name and key",
                 )
         except (sqlite3.Error, LedgerError) as error:
             os.close(self._lock)
