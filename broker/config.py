@@ -13,6 +13,7 @@ from broker.market.tariff import MAX_PRICE
 from broker.protocol.errors import MalformedMessage
 from broker.protocol.files import read_file
 from broker.protocol.keys import PublicKey, public_key_from_cose
+from broker.protocol.limits import MAX_INTEGER
 from broker.protocol.messages import Genesis
 from broker.protocol.mqtt_link import MqttConfig
 from broker.protocol.sources import Source
@@ -88,10 +89,16 @@ class LedgerSection:
 
 @dataclass(frozen=True, slots=True)
 class NeighbourSection:
-    """A broker that may ask and be asked. `key` is its COSE_Key in hex (`energy-broker key show`)."""
+    """A neighbouring broker. `key` is its COSE_Key in hex (`energy-broker key show`).
+
+    `is_served`: its orders are considered, up to `most_wh` of one interval; `is_asked`: it is sent orders.
+    """
 
     name: Annotated[str, OneName()]
     key: str
+    is_served: bool = True
+    is_asked: bool = True
+    most_wh: Annotated[int, Between(0, MAX_INTEGER)] = MAX_INTEGER
 
     def __post_init__(self) -> None:
         parse_public_key(self.key)
@@ -102,12 +109,14 @@ class MarketSection:
     """Prices, in µ-currency per kWh.
 
     `highest_price` is what neighbours are offered at most where a contract says nothing. The margins come on top of
-    what the broker itself paid, for its consumers and for its neighbours.
+    what the broker itself paid, for its consumers and for its neighbours. `passes_on`: what a neighbour orders and is
+    not here is ordered from others for it.
     """
 
     highest_price: Annotated[int, Between(0, MAX_PRICE)] = 1_000_000
     consumer_margin: Annotated[int, Between(0, MAX_PRICE)] = 0
     neighbour_margin: Annotated[int, Between(0, MAX_PRICE)] = 0
+    passes_on: bool = True
 
 
 UNMATCHED_LABEL: Final = "unmatched"

@@ -9,7 +9,8 @@ delivers to its consumers: the third. Messages get lost and come twice, and eith
   hash of what it is for, so a requester that is restarted asks with the same id and cannot order twice.
 - The supplier answers an order that comes again as it answered before (`supplier_answer`), or not yet.
 - The requester asks another neighbour for the same Wh only after a refusal or a void: an order that is merely
-  unanswered (ASKED) may still be served.
+  unanswered (ASKED), of which not all has come that was said (COMING), or that the supplier asks others for
+  (PASSED_ON) may still be served. Whose time is up (`broker.market.rounds`) is voided first.
 - An order ends on the ledger, by the requester's void of it or close of the interval. After that the ledger refuses
   transfers under it, so both sides know from the feed alone, and in the same order, whether it was served.
 
@@ -35,24 +36,38 @@ class RequesterState(Enum):
 
     ASKED = auto()
     """Sent, perhaps several times; the Wh may still come."""
+    PASSED_ON = auto()
+    """The supplier gave what it had, or nothing, and asks others for the rest: that may still come."""
+    COMING = auto()
+    """Something stands on the ledger or is said to; the last word or some of what was promised is yet to come."""
     REFUSED = auto()
     """The supplier says that nothing will come; others may be asked."""
     SEEN = auto()
-    """A transfer under the order stands on the ledger. What it fell short of may be asked of others."""
+    """A transfer under the order stands on the ledger, and no more is expected. The rest may be asked of others."""
     VOID = auto()
     """Ended on the ledger before anything came; nothing can come any more."""
+
+    @property
+    def is_open(self) -> bool:
+        """True while Wh may come that nobody else must be asked for."""
+        return self in (RequesterState.ASKED, RequesterState.PASSED_ON, RequesterState.COMING)
 
 
 class RequesterEvent(Enum):
     """What can happen to an order at the requester."""
 
     SENT_AGAIN = auto()
+    ANSWERED_PASSED_ON = auto()
+    """The supplier asks others; all that it gave by itself is seen."""
     ANSWERED_DONE = auto()
+    """The supplier says how much it gave in all, or before passing on, and not all of that is seen yet."""
     ANSWERED_REFUSED = auto()
-    TRANSFER_SEEN = auto()
-    """A block of the feed holds a transfer under the order."""
+    PART_SEEN = auto()
+    """A block of the feed holds a transfer under the order; the supplier's last word or further Wh may follow."""
+    ALL_SEEN = auto()
+    """The feed shows all that was ordered, all that the supplier says it gave, or an end after some came."""
     END_SEEN = auto()
-    """A block of the feed holds our void of the order, or our close of its interval."""
+    """A block of the feed holds our void of the order, or our close of its interval, and nothing had come."""
 
 
 class SupplierState(Enum):
@@ -60,9 +75,11 @@ class SupplierState(Enum):
 
     RECEIVED = auto()
     """Stored; waits for the next apportioning."""
+    PASSED_ON = auto()
+    """Given what was here, or nothing, and others are asked for the rest."""
     REFUSED = auto()
     SUBMITTED = auto()
-    """The batch with the transfer is stored and on its way to the ledger."""
+    """The batch with the transfer is stored and on its way to the ledger; nothing more will be given."""
     COMMITTED = auto()
     """The transfer stands on the ledger."""
     DEAD = auto()
@@ -74,9 +91,11 @@ class SupplierEvent(Enum):
 
     RECEIVED_AGAIN = auto()
     GRANTED = auto()
-    """The apportioning gave it something, and the batch is stored."""
+    """It got something, the batch is stored, and nobody is asked for more."""
+    ASKED_OTHERS = auto()
+    """Others are, or will be, asked for what the apportioning could not give."""
     DECLINED = auto()
-    """The apportioning gave it nothing, or it asks for what cannot be given."""
+    """It got nothing and will not, or it asks for what cannot be given."""
     BATCH_COMMITTED = auto()
     BATCH_REFUSED = auto()
     END_SEEN = auto()
@@ -97,22 +116,44 @@ class IllegalTransition(Exception):
 
 _REQUESTER_TABLE: Final[Mapping[tuple[RequesterState, RequesterEvent], RequesterState]] = {
     (RequesterState.ASKED, RequesterEvent.SENT_AGAIN): RequesterState.ASKED,
-    # A hint only: until the transfer is seen, the order is as good as unanswered.
-    (RequesterState.ASKED, RequesterEvent.ANSWERED_DONE): RequesterState.ASKED,
+    (RequesterState.ASKED, RequesterEvent.ANSWERED_PASSED_ON): RequesterState.PASSED_ON,
+    (RequesterState.ASKED, RequesterEvent.ANSWERED_DONE): RequesterState.COMING,
     (RequesterState.ASKED, RequesterEvent.ANSWERED_REFUSED): RequesterState.REFUSED,
-    (RequesterState.ASKED, RequesterEvent.TRANSFER_SEEN): RequesterState.SEEN,
+    (RequesterState.ASKED, RequesterEvent.PART_SEEN): RequesterState.COMING,
+    (RequesterState.ASKED, RequesterEvent.ALL_SEEN): RequesterState.SEEN,
     (RequesterState.ASKED, RequesterEvent.END_SEEN): RequesterState.VOID,
+    # What the supplier gives after all others have answered comes in parts, and then its last word.
+    (RequesterState.PASSED_ON, RequesterEvent.SENT_AGAIN): RequesterState.PASSED_ON,
+    (RequesterState.PASSED_ON, RequesterEvent.ANSWERED_PASSED_ON): RequesterState.PASSED_ON,
+    (RequesterState.PASSED_ON, RequesterEvent.ANSWERED_DONE): RequesterState.COMING,
+    (RequesterState.PASSED_ON, RequesterEvent.ANSWERED_REFUSED): RequesterState.REFUSED,
+    (RequesterState.PASSED_ON, RequesterEvent.PART_SEEN): RequesterState.PASSED_ON,
+    (RequesterState.PASSED_ON, RequesterEvent.ALL_SEEN): RequesterState.SEEN,
+    (RequesterState.PASSED_ON, RequesterEvent.END_SEEN): RequesterState.VOID,
+    # A promise is a hint only. Who refuses after something came means the rest; who promised and gave nothing is void.
+    (RequesterState.COMING, RequesterEvent.SENT_AGAIN): RequesterState.COMING,
+    (RequesterState.COMING, RequesterEvent.ANSWERED_PASSED_ON): RequesterState.PASSED_ON,
+    (RequesterState.COMING, RequesterEvent.ANSWERED_DONE): RequesterState.COMING,
+    (RequesterState.COMING, RequesterEvent.ANSWERED_REFUSED): RequesterState.SEEN,
+    (RequesterState.COMING, RequesterEvent.PART_SEEN): RequesterState.COMING,
+    (RequesterState.COMING, RequesterEvent.ALL_SEEN): RequesterState.SEEN,
+    (RequesterState.COMING, RequesterEvent.END_SEEN): RequesterState.VOID,
     # A supplier may change its mind while the order is firm. The ledger counts; Wh beyond need become stock.
+    (RequesterState.REFUSED, RequesterEvent.ANSWERED_PASSED_ON): RequesterState.REFUSED,
     (RequesterState.REFUSED, RequesterEvent.ANSWERED_DONE): RequesterState.REFUSED,
     (RequesterState.REFUSED, RequesterEvent.ANSWERED_REFUSED): RequesterState.REFUSED,
-    (RequesterState.REFUSED, RequesterEvent.TRANSFER_SEEN): RequesterState.SEEN,
+    (RequesterState.REFUSED, RequesterEvent.PART_SEEN): RequesterState.SEEN,
+    (RequesterState.REFUSED, RequesterEvent.ALL_SEEN): RequesterState.SEEN,
     (RequesterState.REFUSED, RequesterEvent.END_SEEN): RequesterState.VOID,
-    # The answer usually comes after the block, and again after each resend; a second transfer may follow.
+    # The answer usually comes after the block, and again after each resend; a further transfer may follow.
+    (RequesterState.SEEN, RequesterEvent.ANSWERED_PASSED_ON): RequesterState.SEEN,
     (RequesterState.SEEN, RequesterEvent.ANSWERED_DONE): RequesterState.SEEN,
     (RequesterState.SEEN, RequesterEvent.ANSWERED_REFUSED): RequesterState.SEEN,
-    (RequesterState.SEEN, RequesterEvent.TRANSFER_SEEN): RequesterState.SEEN,
+    (RequesterState.SEEN, RequesterEvent.PART_SEEN): RequesterState.SEEN,
+    (RequesterState.SEEN, RequesterEvent.ALL_SEEN): RequesterState.SEEN,
     (RequesterState.SEEN, RequesterEvent.END_SEEN): RequesterState.SEEN,
     # Late answers. A transfer cannot follow the end: the ledger refuses it.
+    (RequesterState.VOID, RequesterEvent.ANSWERED_PASSED_ON): RequesterState.VOID,
     (RequesterState.VOID, RequesterEvent.ANSWERED_DONE): RequesterState.VOID,
     (RequesterState.VOID, RequesterEvent.ANSWERED_REFUSED): RequesterState.VOID,
     (RequesterState.VOID, RequesterEvent.END_SEEN): RequesterState.VOID,
@@ -121,8 +162,16 @@ _REQUESTER_TABLE: Final[Mapping[tuple[RequesterState, RequesterEvent], Requester
 _SUPPLIER_TABLE: Final[Mapping[tuple[SupplierState, SupplierEvent], SupplierState]] = {
     (SupplierState.RECEIVED, SupplierEvent.RECEIVED_AGAIN): SupplierState.RECEIVED,
     (SupplierState.RECEIVED, SupplierEvent.GRANTED): SupplierState.SUBMITTED,
+    (SupplierState.RECEIVED, SupplierEvent.ASKED_OTHERS): SupplierState.PASSED_ON,
     (SupplierState.RECEIVED, SupplierEvent.DECLINED): SupplierState.REFUSED,
     (SupplierState.RECEIVED, SupplierEvent.END_SEEN): SupplierState.DEAD,
+    (SupplierState.PASSED_ON, SupplierEvent.RECEIVED_AGAIN): SupplierState.PASSED_ON,
+    # The last of the others has answered: something is still on its way to the ledger, stands there, or nothing came.
+    (SupplierState.PASSED_ON, SupplierEvent.GRANTED): SupplierState.SUBMITTED,
+    (SupplierState.PASSED_ON, SupplierEvent.BATCH_COMMITTED): SupplierState.COMMITTED,
+    (SupplierState.PASSED_ON, SupplierEvent.DECLINED): SupplierState.REFUSED,
+    # What others still give for it becomes stock.
+    (SupplierState.PASSED_ON, SupplierEvent.END_SEEN): SupplierState.DEAD,
     (SupplierState.REFUSED, SupplierEvent.RECEIVED_AGAIN): SupplierState.REFUSED,
     (SupplierState.REFUSED, SupplierEvent.END_SEEN): SupplierState.REFUSED,
     (SupplierState.SUBMITTED, SupplierEvent.RECEIVED_AGAIN): SupplierState.SUBMITTED,
@@ -161,27 +210,37 @@ def supplier_answer(state: SupplierState) -> AnswerStatus | None:
     match state:
         case SupplierState.COMMITTED:
             return AnswerStatus.DONE
+        case SupplierState.PASSED_ON:
+            return AnswerStatus.PASSED_ON
         case SupplierState.REFUSED | SupplierState.DEAD:
             return AnswerStatus.REFUSED
         case SupplierState.RECEIVED | SupplierState.SUBMITTED:
             return None
 
 
-def order_id_for(requester: str, source: Source, start_s: int, round_number: int, neighbour: str) -> bytes:
+def order_id_for(
+    requester: str, source: Source, start_s: int, round_number: int, neighbour: str, parent: bytes = b""
+) -> bytes:
     """The id of the order that `requester` sends to `neighbour` for a source, interval and round: 16 bytes.
 
-    The same after a restart, so that asking again is never ordering twice.
+    `parent` is what tells an order that is passed on from others, empty for one of its own. The id is the same after a
+    restart, so that asking again is never ordering twice.
     """
-    named = cbor.encode(["dengen order", requester, int(source), start_s, round_number, neighbour])
+    named = cbor.encode(["dengen order", requester, int(source), start_s, round_number, neighbour, parent])
     return sha256(named).digest()[:ORDER_ID_BYTES]
 
 
 _RESEND_AFTER_S: Final = (1, 2, 4, 8, 15, 30)
 
 
-def next_resend_s(attempts: int) -> int:
-    """Seconds to wait for an answer after that many sends (1 for the first) before the same bytes are sent again."""
-    return _RESEND_AFTER_S[min(max(attempts, 1), len(_RESEND_AFTER_S)) - 1]
+def next_resend_s(attempts: int, jitter: int) -> float:
+    """Seconds to wait for an answer after that many sends (1 for the first) before the same bytes are sent again.
+
+    `jitter`, from 0 to 255, comes from outside at random: it takes off up to half of the wait, so that brokers that
+    lost the same server do not all come back at once.
+    """
+    longest_s = _RESEND_AFTER_S[min(max(attempts, 1), len(_RESEND_AFTER_S)) - 1]
+    return longest_s * (512 - jitter) / 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,51 +268,79 @@ def plan_orders(
     group_shortage_wh: Mapping[SourceGroup, int],
     neighbours: Sequence[str],
     offers: Sequence[NeighbourOffer],
-    highest_price: int,
+    highest_price: Mapping[Source, int],
     asked: Collection[tuple[str, Source]] = (),
-    price_limits: Mapping[Source, int] | None = None,
+    trust_ppm: Mapping[str, int] | None = None,
+    through: Sequence[NeighbourOffer] = (),
 ) -> tuple[PlannedOrder, ...]:
     """Whom to ask for what is short, by neighbour name and source. Every short Wh is asked of one neighbour only.
 
     `shortages` and `group_shortage_wh` are a clearing's, less what is still coming. `asked` are the (neighbour, source)
-    that have answered for this interval already and are not asked again. Single sources come first. Each shortage goes
-    to whoever announced most, as far as it goes, and what no announcement covers goes to the first of them too:
-    announcements are coarse and old, and none at all is no refusal. A group takes whichever source is announced most;
-    without any announcement one source is asked for, and the next one in the next round. Offers above `highest_price`
-    (µ-currency per kWh), or above what anybody who lacks that source would pay (`price_limits`), are left alone.
+    of whom nothing came for this interval and who are not asked again. Single sources come first. Each shortage goes to
+    the cheapest of `offers` first, then the next, as far as each goes; of two at one price to the one from which more
+    can be expected: what it announced times `trust_ppm`, the part of earlier orders that it gave (all, if not known).
+    Then come the offers `through` neighbours, of what they could pass on from others, in the same way. What nothing of
+    that covers goes to who is trusted most: announcements are coarse, and none at all is no refusal. A group takes
+    whichever source is announced cheapest; without any announcement one source is asked for, and the next one in the
+    next round. Offers above `highest_price` (µ-currency per kWh by source; a source that it lacks is not asked for) are
+    left alone.
     """
-    most = {source: min(highest_price, (price_limits or {}).get(source, highest_price)) for source in Source}
-    too_dear = {(offer.neighbour, offer.source) for offer in offers if offer.price > most[offer.source]}
-    announced_wh = {(offer.neighbour, offer.source): offer.energy_wh for offer in offers}
+    trust = {neighbour: (trust_ppm or {}).get(neighbour, 1_000_000) for neighbour in neighbours}
+    tiers = [
+        {(offer.neighbour, offer.source): _Left(offer.price, offer.energy_wh) for offer in tier}
+        for tier in (offers, through)
+    ]
+    direct = tiers[0]
     planned_wh: dict[tuple[str, Source], int] = {}
     wanted: list[tuple[tuple[Source, ...], int]] = [((source,), shortages[source]) for source in sorted(shortages)]
     wanted.extend([(group.sources, group_shortage_wh[group]) for group in sorted(group_shortage_wh)])
     for sources, short_wh in wanted:
-        left_wh = {
-            (neighbour, source): max(
-                0, announced_wh.get((neighbour, source), 0) - planned_wh.get((neighbour, source), 0)
-            )
+        candidates = [
+            (neighbour, source)
             for source in sources
+            if source in highest_price
             for neighbour in sorted(neighbours)
-            if (neighbour, source) not in asked and (neighbour, source) not in too_dear
-        }
-        if not left_wh or not short_wh:
-            continue
-        # Stable: where nothing or the same is announced, the lower source code and then the neighbour's name decide.
-        ranked = sorted(left_wh, key=left_wh.__getitem__, reverse=True)
-        for candidate in ranked:
-            part_wh = min(short_wh, left_wh[candidate])
-            if part_wh:
-                planned_wh[candidate] = planned_wh.get(candidate, 0) + part_wh
-                short_wh -= part_wh
-        if short_wh:
-            planned_wh[ranked[0]] = planned_wh.get(ranked[0], 0) + short_wh
+            if (neighbour, source) not in asked
+        ]
+        covered_wh: dict[tuple[str, Source], int] = {}
+        for tier in tiers:
+            ranked = []
+            for candidate in candidates:
+                left = tier.get(candidate)
+                if left is not None and left.energy_wh and left.price <= highest_price[candidate[1]]:
+                    expected = left.energy_wh * trust[candidate[0]]
+                    ranked.append((left.price, -expected, candidate[1], candidate[0]))
+            for _, _, source, neighbour in sorted(ranked):
+                left = tier[neighbour, source]
+                part_wh = min(short_wh, left.energy_wh)
+                if part_wh:
+                    left.energy_wh -= part_wh
+                    short_wh -= part_wh
+                    covered_wh[neighbour, source] = covered_wh.get((neighbour, source), 0) + part_wh
+        silent = [
+            (-trust[neighbour], -covered_wh.get((neighbour, source), 0), source, neighbour)
+            for neighbour, source in candidates
+            if (neighbour, source) not in direct or direct[neighbour, source].price <= highest_price[source]
+        ]
+        if short_wh and silent:
+            _, _, source, neighbour = min(silent)
+            covered_wh[neighbour, source] = covered_wh.get((neighbour, source), 0) + short_wh
+        for candidate, part_wh in covered_wh.items():
+            planned_wh[candidate] = planned_wh.get(candidate, 0) + part_wh
     return tuple(
         [
-            PlannedOrder(neighbour, source, energy_wh, most[source])
+            PlannedOrder(neighbour, source, energy_wh, highest_price[source])
             for (neighbour, source), energy_wh in sorted(planned_wh.items())
         ]
     )
+
+
+@dataclass(slots=True)
+class _Left:
+    """What is left of an offer while a plan is made."""
+
+    price: int
+    energy_wh: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,8 @@ from broker.protocol.sources import Source
 HASH_BYTES: Final = 32
 PSEUDONYM_BYTES: Final = 16
 ORDER_ID_BYTES: Final = 16
+WAIT_TOKEN_BYTES: Final = 8
+MAX_WAITS: Final = 1_024
 REQUEST_ID_BYTES: Final = 8
 MAX_REGISTRARS: Final = 16
 MAX_VALIDATORS: Final = 64
@@ -129,10 +131,14 @@ class DeliveryState(IntEnum):
 
 
 class AnswerStatus(IntEnum):
-    """DONE: the supplier saw its transfer on the ledger. REFUSED: nothing will come under this order."""
+    """DONE: the supplier saw its transfer on the ledger. REFUSED: nothing will come under this order.
+
+    PASSED_ON: as DONE for what it had itself, perhaps nothing; it asks others for the rest and answers again.
+    """
 
     DONE = 0
     REFUSED = 1
+    PASSED_ON = 2
 
 
 class ResultStatus(IntEnum):
@@ -362,6 +368,8 @@ class Order(Message):
     """The first change request: a broker asks a neighbour for energy. Firm, and only for the last broker of `path`.
 
     Transfers under it never exceed `energy_wh`, and the ledger refuses them after the requester's close or void.
+    `round_number` is the requester's round between the gates in which it is sent (docs/protocol.md); without one it is
+    served at once. What is passed on is an order of its own and names its `parent`, the order that it is sent for.
     """
 
     order_id: bytes
@@ -373,6 +381,8 @@ class Order(Message):
     highest_price: int
     not_after_s: int
     path: tuple[str, ...]
+    parent: bytes | None = None
+    round_number: int | None = None
 
     TYPE: ClassVar[MessageType] = MessageType.ORDER
     FIELDS: ClassVar[tuple[Field, ...]] = (
@@ -385,6 +395,8 @@ class Order(Message):
         Field(6, "highest_price", Unsigned()),
         Field(7, "not_after_s", Unsigned()),
         Field(8, "path", Many(Name(), MAX_PATH_BROKERS, minimum=2)),
+        Field(9, "parent", Bytes(ORDER_ID_BYTES, ORDER_ID_BYTES), optional=True),
+        Field(10, "round_number", Unsigned(), optional=True),
     )
 
 
@@ -425,10 +437,23 @@ class NeighbourCount:
 
 
 @dataclass(frozen=True, slots=True)
-class Cleared(Message):
-    """A broker has cleared its own stock for the interval; what it lacks, and how many orders went to whom.
+class SourceOffer:
+    """Coarse stock of one source (Wh, rounded down) and its price (µ per kWh)."""
 
-    A supplier that has this from all its neighbours knows which orders it still has to wait for.
+    source: Source
+    energy_wh: int
+    price: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cleared(Message):
+    """A broker's rounds in an interval: it has cleared its own stock, what it lacks, and how many orders went to whom.
+
+    Round 0 says that it has cleared; in each round after that orders are sent. A supplier that has a round from all its
+    neighbours knows which orders it still has to wait for. `through` is what its own neighbours announced, at the price
+    at which it would pass that on, from round 1 on. `asked` counts the orders of this interval up to this round,
+    `open_wh` is what it may still order for its own consumers, and with `last` it has nothing more to announce. A
+    broker that leaves out `round_number` takes no part in rounds: it is heard once, as if in its last.
     """
 
     broker: str
@@ -436,6 +461,10 @@ class Cleared(Message):
     end_s: int
     shortages: tuple[SourceAmount, ...]
     asked: tuple[NeighbourCount, ...]
+    round_number: int | None = None
+    open_wh: int | None = None
+    last: bool | None = None
+    through: tuple[SourceOffer, ...] | None = None
 
     TYPE: ClassVar[MessageType] = MessageType.CLEARED
     FIELDS: ClassVar[tuple[Field, ...]] = (
@@ -444,6 +473,10 @@ class Cleared(Message):
         Field(2, "end_s", Unsigned()),
         Field(3, "shortages", Many(Row((Choice(Source), Unsigned()), SourceAmount), 16)),
         Field(4, "asked", Many(Row((Name(), Unsigned()), NeighbourCount), 256)),
+        Field(5, "round_number", Unsigned(), optional=True),
+        Field(6, "open_wh", Unsigned(), optional=True),
+        Field(7, "last", Boolean(), optional=True),
+        Field(8, "through", Many(Row((Choice(Source), Unsigned(), Unsigned()), SourceOffer), 16), optional=True),
     )
 
 
@@ -463,15 +496,6 @@ class BrokerStatus(Message):
         Field(2, "market_time_s", Unsigned()),
         Field(3, "version", Text(32)),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class SourceOffer:
-    """Coarse stock of one source (Wh, rounded down) and its price (µ per kWh)."""
-
-    source: Source
-    energy_wh: int
-    price: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -934,6 +958,8 @@ class Report:
 
     `idle`: everything that the tick (`time_s`, `stage`) caused is committed, and nothing of the participant's is under
     way. `next_wake_s`: the market time of its next own work. `height`: the ledger height that it has taken in.
+    `waits_for` and `holds`: tokens of what it waits for from others, and of what others may wait for from it (MAX_WAITS
+    at most). One that waits is idle only as long as somebody holds what it waits for.
     """
 
     participant: str
@@ -942,6 +968,8 @@ class Report:
     idle: bool
     next_wake_s: int | None = None
     height: int | None = None
+    waits_for: tuple[bytes, ...] | None = None
+    holds: tuple[bytes, ...] | None = None
 
     FIELDS: ClassVar[tuple[Field, ...]] = (
         Field(0, "participant", Name()),
@@ -950,6 +978,8 @@ class Report:
         Field(3, "idle", Boolean()),
         Field(4, "next_wake_s", Unsigned(), optional=True),
         Field(5, "height", Unsigned(), optional=True),
+        Field(6, "waits_for", Many(Bytes(WAIT_TOKEN_BYTES, WAIT_TOKEN_BYTES), MAX_WAITS), optional=True),
+        Field(7, "holds", Many(Bytes(WAIT_TOKEN_BYTES, WAIT_TOKEN_BYTES), MAX_WAITS), optional=True),
     )
 
     def to_bytes(self) -> bytes:
@@ -958,7 +988,7 @@ class Report:
     @classmethod
     def from_bytes(cls, raw: bytes) -> Self:
         """Read a report. Raises MalformedMessage naming the field that is wrong."""
-        return cls(*decode_fields(cls.FIELDS, cbor.decode(raw, "report", MAX_METER_MESSAGE_BYTES), "report"))
+        return cls(*decode_fields(cls.FIELDS, cbor.decode(raw, "report", MAX_BROKER_MESSAGE_BYTES), "report"))
 
 
 MESSAGE_CLASSES: Final[dict[MessageType, type[Message]]] = {

@@ -6,6 +6,7 @@ ledger hold, so a broker that is killed at any moment goes on as if it had not b
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
@@ -24,6 +25,7 @@ from broker.ledger.holding import Holding
 from broker.ledger.operations import (
     Admit,
     AssetId,
+    Close,
     Deliver,
     EndMandate,
     Issue,
@@ -31,10 +33,10 @@ from broker.ledger.operations import (
     Operation,
     Register,
     Transfer,
+    Void,
     decode_operation,
     encode_operation,
 )
-from broker.market.clearing import Clearing
 from broker.market.statements import Flow
 from broker.market.stock import HeldSlice, Stock
 from broker.market.tariff import Tariff
@@ -63,7 +65,8 @@ from broker.service.corrections import DemandCorrections
 from broker.service.cycle import Cycle
 from broker.service.foresight import Foresight
 from broker.service.intake import Accepted, Intake
-from broker.service.neighbours import Neighbours, transfer_row
+from broker.service.neighbours import Neighbours
+from broker.service.orders_in import Keeps, PartnerPolicy, transfer_row
 from broker.service.outputs import Identity, Outputs
 from broker.service.registry import Registry
 from broker.service.store import (
@@ -90,6 +93,19 @@ _FAULTS_OF_DEMANDS: Final = frozenset(
 """Refusals of a delivery that are not about its slices."""
 
 
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """A neighbouring broker: its key, and what it may do here."""
+
+    key: PublicKey
+    policy: PartnerPolicy
+
+
+def keeps_nothing(_interval: Interval) -> Mapping[Source, int]:
+    """Everything that own consumers have not taken in the clearing may be sold."""
+    return {}
+
+
 class Broker:
     """One broker. The shell calls `take_*`, `set_time`, `advance`, and reads `idle`, `next_wake_s` and `outputs`."""
 
@@ -99,10 +115,16 @@ class Broker:
         genesis: Genesis,
         topics: Topics,
         store: BrokerStore,
-        neighbours: Mapping[str, PublicKey],
+        neighbours: Mapping[str, Neighbour],
         highest_price: int,
         tariff: Tariff,
+        *,
+        passes_on: bool,
+        jitter: Callable[[], int],
+        keeps: Keeps = keeps_nothing,
     ) -> None:
+        """`passes_on`: ask others for what neighbours want. `jitter` gives 0 to 255 at random. `keeps` says what of an
+        interval's energy own consumers will still need, so that it is not sold to neighbours."""
         self.outputs = Outputs()
         self.questions: list[tuple[str, int]] = []
         """(device, start_s) of intervals about which the shell has to ask the ledger."""
@@ -110,7 +132,7 @@ class Broker:
         self._calendar = MarketCalendar(genesis.interval_s, genesis.gate_1_s, genesis.gate_2_s)
         self._topics = topics
         self._store = store
-        self._signers = {key.key_id: Signer(name, key) for name, key in neighbours.items()}
+        self._signers = {one.key.key_id: Signer(name, one.key) for name, one in neighbours.items()}
         self._stock = Stock()
         self._desk = BatchDesk(identity, store, self.outputs)
         self._registry = Registry(store)
@@ -135,9 +157,13 @@ class Broker:
             self._stock,
             self._desk,
             self.outputs,
-            tuple(sorted(neighbours)),
+            {name: one.policy for name, one in neighbours.items()},
             highest_price,
             tariff,
+            passes_on=passes_on,
+            keeps=keeps,
+            is_own_device=lambda device: self._registry.device(device) is not None,
+            jitter=jitter,
         )
         self._foresight = Foresight(
             identity, self._calendar, topics, store, self._registry, self.outputs, has_neighbours=bool(neighbours)
@@ -152,6 +178,7 @@ class Broker:
         self._holdings_height: int | None = None
         self._stopped = False
         self._refill = False
+        self._offer_again = False
         self._statements_waiting = bool(store.statements(WorkState.WAITING))
         self.market_time_s: int | None = None
         self._desk.hand_over(self._desk.waiting)
@@ -160,7 +187,8 @@ class Broker:
 
     @property
     def idle(self) -> bool:
-        """True when all that market time and messages asked for is done, committed and answered."""
+        """True when all that market time and messages asked for is done and committed, as far as it can be before those
+        that this broker `waits_for` have acted."""
         return (
             self._holdings_height is not None
             and not self._desk.waiting
@@ -168,8 +196,6 @@ class Broker:
             and not self._statements_waiting
             and not self._corrections.pending
             and not self._withdrawals.pending
-            and not self._neighbours.waits_for_answers
-            and not self._neighbours.owes_answers
             and not self._foresight.unfinished
             and not self._due()
         )
@@ -184,21 +210,31 @@ class Broker:
         return not self._stopped and self._holdings_height is not None and self.market_time_s is not None
 
     @property
+    def waits_for(self) -> set[bytes]:
+        """Tokens of what neighbours have to say before this broker can go on (docs/architecture.md, simulated time)."""
+        interval = self._cycle.current
+        return set() if interval is None else self._neighbours.waits(interval)
+
+    @property
+    def holds(self) -> set[bytes]:
+        """Tokens of what neighbours may wait for from this broker, and has not been said."""
+        interval = self._cycle.current
+        return set() if interval is None else self._neighbours.holds(interval)
+
+    @property
     def stock_from_s(self) -> int:
         """Start of the oldest interval whose energy this broker still has a use for."""
         return self._cycle.stock_from_s
 
     def next_wake_s(self) -> int | None:
-        """Market time of the next gate, or before that of serving neighbours without waiting for announcements."""
+        """Market time of the next gate, or before that of the end of a round that is not over."""
         interval = self._cycle.current
         if interval is None or self.market_time_s is None:
             return None
         if self._cycle.state is IntervalState.OPEN:
             return self._calendar.gate_1_of(interval)
-        serve_by_s = self._serve_by(interval)
-        if self._neighbours.has_orders_up_to(interval.start_s) and self.market_time_s < serve_by_s:
-            return serve_by_s
-        return self._calendar.gate_2_of(interval)
+        gate_2_s = self._calendar.gate_2_of(interval)
+        return min(gate_2_s, self._neighbours.next_wake_s(interval, self.market_time_s) or gate_2_s)
 
     def next_resend_at_s(self) -> float | None:
         """Network time at which `send_again` has something to do."""
@@ -298,7 +334,8 @@ class Broker:
             case ("brokers", sender, "cleared"), Cleared() if sender == peer:
                 self._neighbours.hear(peer, message)
             case ("brokers", sender, "stock"), messages.Stock() if sender == peer:
-                self._neighbours.hear(peer, message)
+                if self._neighbours.hear(peer, message):
+                    self._refill = True
             case ("brokers", sender, "forecast"), messages.Forecast() if sender == peer:
                 self._neighbours.hear(peer, message)
             case _:
@@ -400,6 +437,7 @@ class Broker:
             case BatchKind.PROVIDE:
                 self._provided(_transfers(_operations_of(batch.raw)), in_stock=self._in_holdings(event.height))
                 self._refill = True
+                self._offer_again = self._cycle.state is IntervalState.CLEARED
             case BatchKind.SUPPLY:
                 self._neighbours.supply_finished(batch, _transfers(_operations_of(batch.raw)), None)
             case BatchKind.DELIVER:
@@ -415,8 +453,13 @@ class Broker:
                 self._corrections.committed(batch, _operations_of(batch.raw), in_stock=in_stock)
                 self._refill = True
             case BatchKind.CLOSE:
-                self._neighbours.ended(batch.start_s)
+                self._neighbours.closed(batch.start_s)
                 self._cycle.committed(batch)
+            case BatchKind.VOID:
+                self._neighbours.voided(
+                    [operation.order_id for operation in _operations_of(batch.raw) if isinstance(operation, Void)]
+                )
+                self._refill = True
 
     def _require_known(self, event: BatchCommitted) -> None:
         """Every batch is stored before it is submitted, so one on the ledger that is not in the store was forgotten.
@@ -473,6 +516,8 @@ class Broker:
                 self._corrections.refused(batch, operations, event)
             case BatchKind.CLOSE:
                 self._cycle.close_refused(batch)
+            case BatchKind.VOID:
+                pass  # The close of the interval ends its orders at the latest.
 
     def _deliveries_refused(self, batch: BatchRow, operations: list[Operation], event: BatchRefused) -> None:
         """Decide again, without what the ledger found fault with, so that it cannot refuse the same thing for ever.
@@ -510,17 +555,23 @@ class Broker:
         return Source(acquired[0].source) if acquired else None
 
     def _take_foreign(self, event: ForeignBatch) -> None:
-        """Of what others put on the ledger two things concern us: who owns the devices, since contracts name providers,
-        and transfers to us, the neighbour's second change request.
+        """Of what others put on the ledger three things concern us: who owns the devices, since contracts name
+        providers; transfers to us, the neighbour's second change request; and the ends of orders to us.
         """
         self._note_owners(event.operations)
         self._withdrawals.seen(event.operations)
+        signer = self._signers.get(event.key_id)
         for operation in event.operations:
             if isinstance(operation, Transfer) and operation.receiver == self._identity.name and operation.order:
                 order = Order.from_payload(parse(operation.order).payload)
                 in_stock = self._in_holdings(event.height)
-                self._neighbours.transfer_seen(operation.sender, operation, order, in_stock=in_stock)
+                loaded = self._holdings_height is not None
+                self._neighbours.transfer_seen(operation, order, in_stock=in_stock, loaded=loaded)
                 self._refill = True
+            elif signer is not None and isinstance(operation, Void):
+                self._neighbours.order_void(signer.name, operation.order_id)
+            elif signer is not None and isinstance(operation, Close):
+                self._neighbours.interval_closed(signer.name, operation.start_s)
 
     def _note_owners(self, operations: Iterable[Operation]) -> None:
         for operation in operations:
@@ -570,56 +621,39 @@ class Broker:
             return False  # What is decided must be about the amounts that the ledger will know.
         if self._cycle.state is IntervalState.OPEN:
             if not self._due():
-                return self._serve(interval.start_s - self._calendar.interval_s, now_s)
+                return self._neighbours.serve(interval, cleared=False, market_time_s=self.market_time_s)
             clearing = self._cycle.clear()
             self._refill = False
-            self._ask_neighbours(clearing, now_s)
-            self._neighbours.announce(interval, clearing)
+            self._neighbours.begin(interval, clearing)
             return True
-        if self._serve(interval.start_s, now_s):
+        if self._neighbours.serve(interval, cleared=True, market_time_s=self.market_time_s):
             return True
-        gate_2 = self.market_time_s >= self._calendar.gate_2_of(interval)
-        if self._refill and not self._neighbours.waits_for_answers:
-            self._refill = False
-            clearing = self._cycle.fill_again()
-            if not gate_2 and self._ask_neighbours(clearing, now_s):
-                self._neighbours.announce(interval, clearing)
-            return True
-        if gate_2:
-            if self._desk.waits_before(interval.start_s):
-                return False  # A close must not overtake what belongs to intervals before: it would be too late for it.
-            self._cycle.close(self._neighbours.give_up(interval.start_s))
-            self._neighbours.forget(interval.start_s)
-            return True
-        return False
-
-    def _ask_neighbours(self, clearing: Clearing, now_s: float) -> bool:
-        """The first change request, for what own stock lacks. False if nothing is lacking or nobody is left to ask."""
-        interval = self._cycle.current
-        assert interval is not None
-        if not clearing.shortages and not clearing.group_shortage_wh:
-            return False
-        return self._neighbours.ask(interval, clearing, now_s)
-
-    def _serve(self, up_to_start_s: int, now_s: float) -> bool:
-        """Serve neighbours' orders, once all that was announced for the interval is here or half the time is over."""
-        interval = self._cycle.current
-        assert interval is not None
-        assert self.market_time_s is not None
-        if not self._neighbours.has_orders_up_to(up_to_start_s):
-            return False
-        if (
-            up_to_start_s == interval.start_s
-            and self.market_time_s < self._serve_by(interval)
-            and not self._neighbours.ready_to_serve(up_to_start_s)
-        ):
-            return False
-        self._neighbours.serve(up_to_start_s)
+        if self.market_time_s < self._calendar.gate_2_of(interval):
+            return self._between_the_gates(interval, now_s)
+        if self._desk.waits_before(interval.start_s):
+            return False  # A close must not overtake what belongs to intervals before: it would be too late for it.
+        self._refill = False
+        self._cycle.close(self._neighbours.give_up(interval.start_s))
+        self._neighbours.forget(interval.start_s)
         return True
 
-    def _serve_by(self, interval: Interval) -> int:
-        """Halfway between the gates, neighbours are served even if others have not announced yet what they need."""
-        return (self._calendar.gate_1_of(interval) + self._calendar.gate_2_of(interval)) // 2
+    def _between_the_gates(self, interval: Interval, now_s: float) -> bool:
+        """One step of the rounds with neighbours, or of what comes after them. False if there is none now."""
+        assert self.market_time_s is not None
+        if self._neighbours.time_out(interval, self.market_time_s):
+            return True
+        if self._neighbours.may_go_on(interval, self.market_time_s):
+            self._refill = False
+            self._neighbours.go_on(interval, self._cycle.fill_again(), self._cycle.rehearse, self.market_time_s, now_s)
+            return True
+        if self._refill and self._neighbours.is_through(interval):
+            self._refill = False
+            self._neighbours.ask_late(interval, self._cycle.fill_again(), now_s)
+            if self._offer_again:
+                self._offer_again = False
+                self._neighbours.offer_again(interval)
+            return True
+        return False
 
     # Providers' energy
 

@@ -10,7 +10,7 @@ Meanwhile the open quotas count as pledged when the consumer's next demand is di
 claim the same share again and again.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Final, NamedTuple
@@ -28,6 +28,7 @@ from broker.ledger.operations import (
 )
 from broker.market.clearing import Clearing, OpenDemand, Taken, fill_lines, settle
 from broker.market.contracts import History, history_start
+from broker.market.lots import Lot
 from broker.market.matching import are_plain, clear_lots
 from broker.market.mix import quotas
 from broker.market.stock import AssetKey, HeldSlice, Stock
@@ -350,6 +351,31 @@ class Cycle:
         clearing = self._decide([*self._short.values(), *self._open.values()])
         self._forget_filled()
         return clearing
+
+    def rehearse(self, offered: Mapping[Lot, int]) -> dict[Source, int]:
+        """How much more of each source gate 2 would use if it had these lots of neighbours too. Changes nothing."""
+        assert self.current is not None
+        until_s = self.current.end_s
+        opened = [
+            demand.open(self._registry.account(demand.consumer, demand.version, demand.row.start_s))
+            for demand in (*self._short.values(), *self._open.values())
+        ]
+        if not opened:
+            return {}
+        lots = self._stock.lots(min([demand.span.start_s for demand in opened]), until_s)
+        with_offers = dict(lots)
+        for lot, energy_wh in offered.items():
+            with_offers[lot] = with_offers.get(lot, 0) + energy_wh
+        used = [_used(clear_lots(opened, some, until_s, self._tariff.consumer_margin)) for some in (with_offers, lots)]
+        # Where own stock would do as well, an offer may still be more plentiful; that is no reason to buy it.
+        wanted_wh = sum(used[0].values()) - sum(used[1].values())
+        more: dict[Source, int] = {}
+        for source, energy_wh in sorted(used[0].items(), key=lambda item: used[1].get(item[0], 0) - item[1]):
+            part_wh = min(wanted_wh, energy_wh - used[1].get(source, 0))
+            if part_wh > 0:
+                more[source] = part_wh
+                wanted_wh -= part_wh
+        return more
 
     def close(self, voided_orders: Sequence[bytes]) -> None:
         """Gate 2: shortage choice, record what stays unmatched, close the interval, and settle late demands."""
@@ -713,6 +739,15 @@ def delivery_message(
         state,
         tuple(lines),
     )
+
+
+def _used(clearing: Clearing) -> dict[Source, int]:
+    """Wh that a clearing gives, by source."""
+    used: dict[Source, int] = {}
+    for taken in clearing.taken:
+        for item in taken:
+            used[item.source] = used.get(item.source, 0) + item.energy_wh
+    return used
 
 
 @lru_cache(maxsize=4_096)

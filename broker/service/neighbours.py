@@ -1,41 +1,31 @@
-"""The conversation with neighbouring brokers: asking for energy, being asked, and announcing.
+"""What is said between this broker and its neighbours in an interval: announcements, rounds of orders, their ends.
 
-Both sides' states and their legal transitions stand in `broker.market.sourcing`; here they are kept in the store and
-carried out. A neighbour's *done* is a hint: energy counts only when the ledger's feed shows its transfer. What is open
-is sent again, the stored bytes, after a reconnect or a time-out, and every repeated order gets the same answer.
+`broker.market.rounds` says when the broker may serve and go on, `broker.market.sourcing` whom it asks and in which
+states orders are. `OrdersOut` and `OrdersIn` keep the orders; this class brings them together, passes orders on, and
+announces.
+A neighbour's *done* is a hint: energy counts only when the ledger's feed shows its transfer. Everything that decides is
+in the store, so a broker that was killed goes on in the round in which it was.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from hashlib import sha256
 from typing import Final
 
-from broker.ledger.operations import AssetId, Transfer, encode_operation
+from broker.ledger.operations import Transfer
 from broker.market.clearing import Clearing
-from broker.market.sourcing import (
-    NeighbourOffer,
-    OpenOrder,
-    RequesterEvent,
-    RequesterState,
-    SupplierEvent,
-    SupplierState,
-    grants,
-    next_requester_state,
-    next_resend_s,
-    next_supplier_state,
-    order_id_for,
-    plan_orders,
-    supplier_answer,
-)
+from broker.market.lots import Lot
+from broker.market.rounds import GROUPS_FROM_ROUND, LAST_ROUND, Heard, is_last, missing, next_round, round_limit_s
+from broker.market.sourcing import NeighbourOffer, PlannedOrder, RequesterState, plan_orders
 from broker.market.statements import Flow
 from broker.market.stock import HeldSlice, Stock
 from broker.market.tariff import Tariff
-from broker.protocol import messages
+from broker.protocol import cbor, messages
 from broker.protocol.envelope import parse
-from broker.protocol.limits import MAX_INTEGER, MAX_REASON_CHARACTERS
+from broker.protocol.limits import MAX_INTEGER, MAX_PATH_BROKERS
 from broker.protocol.market_time import Interval, MarketCalendar
 from broker.protocol.messages import (
-    AnswerStatus,
-    Carrier,
+    WAIT_TOKEN_BYTES,
     Cleared,
     MessageType,
     NeighbourCount,
@@ -44,14 +34,13 @@ from broker.protocol.messages import (
     SourceAmount,
     SourceOffer,
 )
-from broker.protocol.sources import Source
+from broker.protocol.sources import Source, SourceGroup
 from broker.protocol.topics import Topics
-from broker.service.batches import BatchDesk, in_batches
+from broker.service.batches import BatchDesk
+from broker.service.orders_in import Keeps, OrdersIn, PartnerPolicy, can_be_passed_on, transfer_row
+from broker.service.orders_out import OrdersOut, Parent
 from broker.service.outputs import Identity, Outputs
-from broker.service.store import BatchKind, BatchRow, BrokerStore, OrderInRow, OrderOutRow, TransferRow
-
-MAX_OPEN_ORDERS_IN: Final = 4_096
-"""Orders of all neighbours that wait to be served; more are refused, so that a flood costs its sender."""
+from broker.service.store import BatchKind, BatchRow, BrokerStore, OrderInRow, OrderOutRow
 
 COARSE_WH: Final = 100
 """Stock is announced in steps of this, rounded down: enough to choose whom to ask, too little to read off trades."""
@@ -59,13 +48,8 @@ COARSE_WH: Final = 100
 KEEP_HEARD_S: Final = 14 * 86_400
 """Whom to ask needs what was said last; what a new contract can expect, what was left over in the last weeks."""
 
-
-@dataclass(slots=True)
-class _Waiting:
-    """When an order was last sent, for time-outs in network time."""
-
-    attempts: int
-    resend_at_s: float
+Rehearsal = Callable[[Mapping[Lot, int]], Mapping[Source, int]]
+"""Given what neighbours offer, how much more of each source gate 2 would use if it had that."""
 
 
 class Neighbours:
@@ -80,10 +64,19 @@ class Neighbours:
         stock: Stock,
         desk: BatchDesk,
         outputs: Outputs,
-        names: tuple[str, ...],
+        policies: Mapping[str, PartnerPolicy],
         highest_price: int,
         tariff: Tariff,
+        *,
+        passes_on: bool,
+        keeps: Keeps,
+        is_own_device: Callable[[str], bool],
+        jitter: Callable[[], int],
     ) -> None:
+        """`policies` has every neighbour. `passes_on`: ask others for what neighbours want and is not here.
+
+        `keeps` says what own consumers will need, `jitter` gives 0 to 255 at random.
+        """
         self._identity = identity
         self._calendar = calendar
         self._topics = topics
@@ -91,421 +84,621 @@ class Neighbours:
         self._stock = stock
         self._desk = desk
         self._outputs = outputs
-        self._names = names
+        self._policies = policies
+        self._names = tuple(sorted(policies))
         self._highest_price = highest_price
         self._tariff = tariff
-        # What is under way, so that a turn without any neighbour's business costs no query.
-        self._asked = {row.order_id: _Waiting(0, 0.0) for row in store.open_orders_out()}
-        self._received = {_key(row) for row in store.orders_in_state(_name(SupplierState.RECEIVED))}
-        self._submitted = {_key(row) for row in store.orders_in_state(_name(SupplierState.SUBMITTED))}
+        self._passes_on = passes_on
+        self._out = OrdersOut(identity, calendar, topics, store, desk, outputs, jitter)
+        self._in = OrdersIn(
+            identity, calendar, topics, store, stock, desk, outputs, policies, tariff, keeps, is_own_device
+        )
+        self._own: tuple[int, Heard | None] | None = None
+        """Start of an interval, and this broker's newest announcement about it."""
+        self._renewed: set[tuple[str, Source]] = set()
+        """(neighbour, source) that was announced anew, so that a refusal before counts no more."""
 
-    # The requester's side
+    # What others wait for
 
     @property
-    def waits_for_answers(self) -> bool:
+    def any_open(self) -> bool:
         """True while an order of ours may still be served."""
-        return bool(self._asked)
+        return self._out.any_open
 
-    def ask(self, interval: Interval, clearing: Clearing, now_s: float) -> bool:
-        """Order what a clearing lacks from neighbours that may have it. False if there is nobody left to ask.
+    def waits(self, interval: Interval) -> set[bytes]:
+        """Tokens of what this broker waits for from neighbours: answers, and their announcements."""
+        tokens = {_order_token(row.order_id, passed_on=row.state == _PASSED_ON) for row in self._out.open_rows()}
+        own = self._own_round(interval.start_s)
+        if own is None:
+            return tokens
+        rounds = {row.round_number for row in self._in.received() if row.start_s == interval.start_s}
+        if not own.last:
+            rounds.add(own.round_number)
+        for round_number in rounds:
+            if round_number is not None and (own.last or round_number <= own.round_number):
+                for neighbour in self._missing(interval.start_s, round_number):
+                    tokens.add(_round_token(neighbour, interval.start_s, round_number))
+        return tokens
 
-        Call only while no order is open: what may still come must not be asked of anyone else.
-        """
-        before = self._store.orders_out(interval.start_s)
-        planned = plan_orders(
-            clearing.shortages,
-            clearing.group_shortage_wh,
-            self._names,
-            self._offers_before(interval),
-            self._highest_price,
-            # Who gave all that was asked may have more.
-            [(row.neighbour, Source(row.source)) for row in before if row.seen_wh < row.energy_wh],
-            clearing.price_limits,
-        )
-        for plan in planned:
-            order = Order(
-                order_id_for(self._identity.name, plan.source, interval.start_s, len(before), plan.neighbour),
-                self._identity.name,
-                plan.source,
-                interval.start_s,
-                interval.end_s,
-                plan.energy_wh,
-                plan.highest_price,
-                interval.end_s,
-                (self._identity.name, plan.neighbour),
-            )
-            row = OrderOutRow(
-                order.order_id,
-                interval.start_s,
-                plan.neighbour,
-                int(plan.source),
-                plan.energy_wh,
-                self._identity.seal(order),
-                _name(RequesterState.ASKED),
-                0,
-                None,
-            )
-            self._store.add_order_out(row)
-            self._send_order(row, now_s)
-        return bool(planned)
+    def holds(self, interval: Interval) -> set[bytes]:
+        """Tokens of what neighbours may wait for from this broker."""
+        tokens = {_order_token(row.order_id, passed_on=False) for row in self._in.received()}
+        tokens |= {_order_token(row.order_id, passed_on=True) for row in self._in.passed_on() if row.answer is not None}
+        for start_s in (interval.start_s, interval.end_s):
+            own = self._own_round(start_s)
+            for round_number in range(LAST_ROUND + 1):
+                if own is None or (not own.last and round_number > own.round_number):
+                    tokens.add(_round_token(self._identity.name, start_s, round_number))
+        return tokens
 
-    def _offers_before(self, interval: Interval) -> list[NeighbourOffer]:
-        """What neighbours announced after the interval before this one: all of them have spoken about that by now."""
-        offers = []
-        before_s = interval.start_s - self._calendar.interval_s
-        for neighbour, payload in self._store.heard(before_s, MessageType.STOCK).items():
-            for offer in messages.Stock.from_payload(payload).offers:
-                offers.append(NeighbourOffer(neighbour, offer.source, offer.energy_wh, offer.price))
-        return offers
+    def next_wake_s(self, interval: Interval, market_time_s: int) -> int | None:
+        """Market time of the next end of a round, None if that would change nothing."""
+        own = self._own_round(interval.start_s)
+        if own is None or (own.last and not self._in.received() and not self.any_open):
+            return None
+        limits = [self._limit_s(interval, round_number) for round_number in range(LAST_ROUND + 1)]
+        return min([limit_s for limit_s in limits if limit_s > market_time_s], default=None)
 
-    def _send_order(self, row: OrderOutRow, now_s: float) -> None:
-        waiting = self._asked.setdefault(row.order_id, _Waiting(0, 0.0))
-        waiting.attempts += 1
-        waiting.resend_at_s = now_s + next_resend_s(waiting.attempts)
-        self._outputs.publish(self._topics.request(row.neighbour), row.raw)
-
-    def send_again(self, now_s: float, *, reconnected: bool) -> None:
-        """Repeat orders whose answer is overdue, or all open ones after a reconnect."""
-        due = [order_id for order_id, waiting in self._asked.items() if reconnected or waiting.resend_at_s <= now_s]
-        for order_id in due:
-            row = self._store.order_out(order_id)
-            assert row is not None
-            self._send_order(row, now_s)
-
-    def next_resend_at_s(self) -> float | None:
-        """Network time of the next repetition; None while no order is open."""
-        return min((waiting.resend_at_s for waiting in self._asked.values()), default=None)
-
-    def take_answer(self, peer: str, answer: OrderAnswer) -> bool:
-        """A neighbour's answer. Whatever it says, only the ledger moves energy. True if it ends an open order."""
-        row = self._store.order_out(answer.order_id)
-        if row is None or row.neighbour != peer:
-            self._outputs.complain(f"{peer} answers an order that it was not asked; the answer is ignored")
-            return False
-        was_open = row.order_id in self._asked
-        if answer.status is AnswerStatus.DONE:
-            self._move_out(row, RequesterEvent.ANSWERED_DONE, row.seen_wh, answer.energy_wh, None)
-        else:
-            self._move_out(row, RequesterEvent.ANSWERED_REFUSED, row.seen_wh, row.answered_wh, answer.reason)
-        return was_open and row.order_id not in self._asked
-
-    def transfer_seen(self, sender: str, transfer: Transfer, order: Order, *, in_stock: bool) -> None:
-        """The feed shows a transfer to us under an order: the energy is ours.
-
-        `in_stock`: the holdings that the ledger gave, or is giving, include it.
-        """
-        asset = transfer.asset
-        if not self._store.add_transfers([transfer_row(Flow.BOUGHT, transfer, order.source, order.order_id)]):
-            return
-        if not in_stock:
-            key = (asset.device, int(asset.carrier), asset.start_s, asset.revision)
-            self._stock.add(
-                HeldSlice(
-                    key,
-                    order.source,
-                    order.start_s,
-                    order.end_s,
-                    transfer.from_wh,
-                    transfer.to_wh,
-                    transfer.price,
-                    self._store.owner_of(asset.device) or "",
-                )
-            )
-        asked = self._store.order_out(order.order_id)
-        if asked is None:
-            self._outputs.complain(f"{sender} transferred energy under an order that this broker does not know")
-            return
-        seen_wh = asked.seen_wh + transfer.to_wh - transfer.from_wh
-        self._move_out(asked, RequesterEvent.TRANSFER_SEEN, seen_wh, asked.answered_wh, None)
-
-    def give_up(self, start_s: int) -> list[bytes]:
-        """Gate 2: stop waiting for the orders of an interval that are still open. Returns their ids, to be voided.
-
-        They end when the ledger shows it (`ended`): until then a transfer under them may still stand before the void.
-        """
-        given_up = [row.order_id for row in self._store.orders_out(start_s) if row.order_id in self._asked]
-        for order_id in given_up:
-            del self._asked[order_id]
-        return given_up
-
-    def ended(self, start_s: int) -> None:
-        """The ledger shows our close of that interval: nothing can be transferred under its orders any more."""
-        for row in self._store.orders_out(start_s):
-            if row.state == _name(RequesterState.ASKED):
-                self._move_out(row, RequesterEvent.END_SEEN, row.seen_wh, row.answered_wh, "unanswered at gate 2")
-
-    def _move_out(
-        self, row: OrderOutRow, event: RequesterEvent, seen_wh: int, answered_wh: int | None, reason: str | None
-    ) -> None:
-        state = next_requester_state(RequesterState[row.state.upper()], event)
-        self._store.set_order_out(row.order_id, _name(state), seen_wh, answered_wh, reason)
-        if state is not RequesterState.ASKED:
-            self._asked.pop(row.order_id, None)
-
-    # The supplier's side
-
-    @property
-    def owes_answers(self) -> bool:
-        """True while an order of a neighbour is neither refused nor settled on the ledger."""
-        return bool(self._received or self._submitted)
-
-    def take_order(self, peer: str, order: Order, raw: bytes, market_time_s: int) -> None:
-        """A neighbour's order: stored, and served after the next apportioning; a repeated one is answered again."""
-        known = self._store.order_in(peer, order.order_id)
-        if known is not None:
-            if known.raw != raw:
-                self._outputs.complain(f"{peer} sent another order under an id that it used before; it is ignored")
-            elif known.answer is not None:
-                self._outputs.publish(self._topics.response(peer, self._identity.name), known.answer)
-            return
-        reason = self._refusal(peer, order, market_time_s)
-        if reason is not None:
-            # Not stored: what cannot be served must not fill our disk, and a repetition gets the same answer anyway.
-            self._publish_answer(peer, OrderAnswer(order.order_id, AnswerStatus.REFUSED, 0, None, _short(reason)))
-            return
-        row = OrderInRow(
-            peer,
-            order.order_id,
-            order.start_s,
-            int(order.source),
-            order.energy_wh,
-            order.highest_price,
-            raw,
-            _name(SupplierState.RECEIVED),
-            0,
-            None,
-        )
-        self._store.add_order_in(row)
-        self._received.add(_key(row))
-
-    def _refusal(self, peer: str, order: Order, market_time_s: int) -> str | None:
-        """Why an order cannot be served at all; None if it can be considered."""
-        if order.requester != peer:
-            return f"{peer} signed an order in the name of {order.requester}"
-        if order.path[-1] != self._identity.name or order.path[0] != peer or len(set(order.path)) != len(order.path):
-            return f"the path {' → '.join(order.path)} does not lead from {peer} to {self._identity.name}"
-        if not self._calendar.is_interval(order.start_s, order.end_s):
-            return f"[{order.start_s}, {order.end_s}) is no market interval"
-        # One interval of tolerance, because not all clocks are the same.
-        if order.start_s > market_time_s:
-            return f"the interval at {order.start_s} has not begun here; order when it is over"
-        if len(self._received) >= MAX_OPEN_ORDERS_IN:
-            return f"{MAX_OPEN_ORDERS_IN} orders are waiting here; ask again later"
-        return None
-
-    def ready_to_serve(self, start_s: int) -> bool:
-        """True when every neighbour has announced this interval and the orders that it announced are here."""
-        if not self._received:
-            return True
-        heard = self._store.heard(start_s, MessageType.CLEARED)
-        if any(name not in heard for name in self._names):
-            return False
-        received: dict[str, int] = {}
-        for row in self._store.orders_in(start_s):
-            received[row.requester] = received.get(row.requester, 0) + 1
-        for neighbour, payload in heard.items():
-            asked = {item.neighbour: item.orders for item in Cleared.from_payload(payload).asked}
-            if received.get(neighbour, 0) < asked.get(self._identity.name, 0):
-                return False
-        return True
-
-    def has_orders_up_to(self, start_s: int) -> bool:
-        """True if unserved orders wait for that interval or an earlier one."""
-        if not self._received:
-            return False
-        waiting = self._store.orders_in_state(_name(SupplierState.RECEIVED))
-        return any(row.start_s <= start_s for row in waiting)
-
-    def serve(self, up_to_start_s: int) -> None:
-        """Share out what is left of stock among the waiting orders of intervals up to that one."""
-        by_interval: dict[int, list[OrderInRow]] = {}
-        for row in self._store.orders_in_state(_name(SupplierState.RECEIVED)):
-            if row.start_s <= up_to_start_s:
-                by_interval.setdefault(row.start_s, []).append(row)
-        for start_s, rows in sorted(by_interval.items()):
-            interval = Interval(start_s, start_s + self._calendar.interval_s)
-            orders = [
-                OpenOrder(row.order_id, row.requester, Source(row.source), row.energy_wh, row.highest_price)
-                for row in rows
-            ]
-            shelves = self._by_asked_price(interval)
-            offered = {
-                source: {price: shelf.available(interval)[source] for price, shelf in by_price.items()}
-                for source, by_price in shelves.items()
-            }
-            for row, grant in zip(rows, grants(orders, offered), strict=True):
-                source = Source(row.source)
-                slices = [
-                    (price, held)
-                    for price, energy_wh in grant.parts
-                    for held in shelves[source][price].take(source, start_s, energy_wh)
-                ]
-                for _, held in slices:
-                    self._stock.remove(held.asset, held.from_wh, held.to_wh)
-                if slices:
-                    self._supply(row, grant.energy_wh, slices, interval)
-                else:
-                    self._decline(row, grant.reason or "nothing left")
-
-    def _for_neighbours(self, interval: Interval) -> Iterator[HeldSlice]:
-        """What no provider keeps for consumers of this broker."""
-        return (held for held in self._stock.slices(interval) if not held.reserved)
-
-    def _by_asked_price(self, interval: Interval) -> dict[Source, dict[int, Stock]]:
-        """What is in stock of an interval, by source and the price that a neighbour is asked for it. Takes nothing."""
-        shelves: dict[Source, dict[int, Stock]] = {}
-        for held in self._for_neighbours(interval):
-            price = self._tariff.for_neighbours(held.price)
-            shelves.setdefault(held.source, {}).setdefault(price, Stock()).add(held)
-        return shelves
-
-    def _supply(
-        self, row: OrderInRow, energy_wh: int, slices: Sequence[tuple[int, HeldSlice]], interval: Interval
-    ) -> None:
-        """The second change request: the transfer to the neighbour, with its order inside."""
-        operations = []
-        for price, held in slices:
-            device, carrier, start_s, revision = held.asset
-            asset = AssetId(device, Carrier(carrier), start_s, revision)
-            transfer = Transfer(asset, held.from_wh, held.to_wh, self._identity.name, row.requester, price, row.raw)
-            operations.append(encode_operation(transfer))
-        # Out of many small devices a large order takes more transfers than one batch holds.
-        for run in in_batches(operations, [len(operation) for operation in operations]):
-            self._desk.submit(BatchKind.SUPPLY, interval.start_s, interval.end_s + self._calendar.interval_s, run)
-        state = next_supplier_state(SupplierState.RECEIVED, SupplierEvent.GRANTED)
-        self._store.set_order_in(row.requester, row.order_id, _name(state), energy_wh, None)
-        self._received.discard(_key(row))
-        self._submitted.add(_key(row))
-
-    def _decline(self, row: OrderInRow, reason: str) -> None:
-        state = next_supplier_state(SupplierState.RECEIVED, SupplierEvent.DECLINED)
-        self._received.discard(_key(row))
-        self._answer(row, state, 0, None, reason)
-
-    def supply_finished(self, batch: BatchRow, transfers: Sequence[Transfer], refusal: str | None) -> None:
-        """The ledger's word on a batch of transfers to a neighbour; answers the order when it is the last of it.
-
-        `refusal` is why the ledger refused it, None if it is committed.
-        """
-        raw = transfers[0].order
-        assert raw is not None
-        row = self._store.order_in(transfers[0].receiver, Order.from_payload(parse(raw).payload).order_id)
-        assert row is not None
-        granted_wh = row.granted_wh
-        if refusal is None:
-            sold = [transfer_row(Flow.SOLD, transfer, Source(row.source), row.order_id) for transfer in transfers]
-            self._store.add_transfers(sold)
-        else:
-            granted_wh -= sum(transfer.to_wh - transfer.from_wh for transfer in transfers)
-        if any(other.kind is BatchKind.SUPPLY and raw in other.raw for other in self._desk.waiting):
-            self._store.set_order_in(row.requester, row.order_id, row.state, granted_wh, None)
-            return
-        event = SupplierEvent.BATCH_COMMITTED if granted_wh else SupplierEvent.BATCH_REFUSED
-        state = next_supplier_state(SupplierState[row.state.upper()], event)
-        self._submitted.discard(_key(row))
-        self._answer(row, state, granted_wh, batch.batch_id if granted_wh else None, refusal)
-
-    def _answer(
-        self, row: OrderInRow, state: SupplierState, granted_wh: int, batch_id: bytes | None, reason: str | None
-    ) -> None:
-        status = supplier_answer(state)
-        assert status is not None
-        answer = OrderAnswer(row.order_id, status, granted_wh, batch_id, None if reason is None else _short(reason))
-        raw = self._publish_answer(row.requester, answer)
-        self._store.set_order_in(row.requester, row.order_id, _name(state), granted_wh, raw)
-
-    def _publish_answer(self, peer: str, answer: OrderAnswer) -> bytes:
-        raw = self._identity.seal(answer)
-        self._outputs.publish(self._topics.response(peer, self._identity.name), raw)
-        return raw
+    def _limit_s(self, interval: Interval, round_number: int) -> int:
+        return round_limit_s(round_number, self._calendar.gate_1_of(interval), self._calendar.gate_2_of(interval))
 
     # Announcements
 
-    def announce(self, interval: Interval, clearing: Clearing) -> None:
-        """Tell neighbours that this interval is cleared here, what is short, whom we ask, and coarsely what is left."""
+    def _own_round(self, start_s: int) -> Heard | None:
+        """This broker's newest announcement about an interval; None before its own clearing."""
+        if self._own is None or self._own[0] != start_s:
+            raw = self._store.heard(start_s, MessageType.CLEARED).get(self._identity.name)
+            self._own = (start_s, _heard(Cleared.from_payload(raw), "") if raw is not None else None)
+        return self._own[1]
+
+    def _heard(self, start_s: int) -> dict[str, Heard | None]:
+        """What each neighbour announced last about an interval; without those that are left alone and silent."""
+        payloads = self._store.heard(start_s, MessageType.CLEARED)
+        heard: dict[str, Heard | None] = {}
+        for name in self._names:
+            if name in payloads:
+                heard[name] = _heard(Cleared.from_payload(payloads[name]), self._identity.name)
+            elif not self._out.record(name, start_s).is_left_alone(start_s):
+                heard[name] = None
+        return heard
+
+    def _missing(self, start_s: int, round_number: int) -> tuple[str, ...]:
+        return missing(round_number, self._heard(start_s), self._in.counts(start_s))
+
+    def begin(self, interval: Interval, clearing: Clearing) -> None:
+        """Own stock is cleared: announce round 0 and what is left."""
         self._note_left_over(interval)
-        if not self._names:
-            return
+        if self._names:
+            self._announce_stock(interval, with_bought=False)
+            open_wh = sum(clearing.shortages.values()) + sum(clearing.group_shortage_wh.values())
+            self._announce(interval, clearing, 0, open_wh)
+
+    def _announce(self, interval: Interval, clearing: Clearing, round_number: int, open_wh: int) -> None:
         counts: dict[str, int] = {}
         for row in self._store.orders_out(interval.start_s):
-            counts[row.neighbour] = counts.get(row.neighbour, 0) + 1
+            if row.round_number is not None:
+                counts[row.neighbour] = counts.get(row.neighbour, 0) + 1
+        under_way = len(self._out.open_rows()) + len(self._in.passed_on())
+        under_way += len([row for row in self._in.received() if can_be_passed_on(row)])
+        last = is_last(round_number, open_wh, under_way, self._heard(interval.start_s))
         cleared = Cleared(
             self._identity.name,
             interval.start_s,
             interval.end_s,
             tuple([SourceAmount(source, clearing.shortages[source]) for source in sorted(clearing.shortages)]),
             tuple([NeighbourCount(name, counts[name]) for name in sorted(counts)]),
+            round_number,
+            open_wh,
+            last,
+            self._through(interval.start_s) if round_number else None,
         )
+        self._store.set_heard(interval.start_s, MessageType.CLEARED, self._identity.name, cleared.to_payload())
+        self._own = None
         self._publish_retained(self._topics.cleared(self._identity.name), self._identity.seal(cleared))
-        stock = self._stock_message(
-            interval, [(held, self._tariff.for_neighbours(held.price)) for held in self._for_neighbours(interval)]
-        )
-        self._publish_retained(self._topics.stock(self._identity.name), self._identity.seal(stock))
 
-    def _stock_message(self, interval: Interval, priced: Iterable[tuple[HeldSlice, int]]) -> messages.Stock:
-        """Coarsely what these slices are, at the lowest price of each source: whoever would pay that can get some, and
-        an order's own limit decides how much.
-        """
-        cheapest: dict[Source, int] = {}
-        offered_wh: dict[Source, int] = {}
-        for held, price in priced:
-            offered_wh[held.source] = offered_wh.get(held.source, 0) + held.energy_wh
-            cheapest[held.source] = min(cheapest.get(held.source, MAX_INTEGER), price)
-        offers = [
-            SourceOffer(source, energy_wh - energy_wh % COARSE_WH, cheapest[source])
-            for source, energy_wh in sorted(offered_wh.items())
-            if energy_wh >= COARSE_WH
-        ]
-        return messages.Stock(self._identity.name, interval.start_s, interval.end_s, tuple(offers))
+    def _through(self, start_s: int) -> tuple[SourceOffer, ...]:
+        """What this broker could pass on: all that its neighbours announced, at the lowest price of each source."""
+        if not self._passes_on:
+            return ()
+        found: dict[Source, SourceOffer] = {}
+        for offer in self._announced(start_s):
+            price = min(self._tariff.for_neighbours(offer.price), MAX_INTEGER)
+            known = found.get(offer.source, SourceOffer(offer.source, 0, price))
+            energy_wh = min(known.energy_wh + offer.energy_wh, MAX_INTEGER)
+            if offer.energy_wh:
+                found[offer.source] = SourceOffer(offer.source, energy_wh, min(known.price, price))
+        return tuple([found[source] for source in sorted(found)])
+
+    def _announce_stock(self, interval: Interval, *, with_bought: bool) -> None:
+        stock = _stock_message(self._identity.name, interval, self._in.offers(interval, with_bought=with_bought))
+        self._publish_retained(self._topics.stock(self._identity.name), self._identity.seal(stock))
 
     def _note_left_over(self, interval: Interval) -> None:
         """Keep what own consumers left, at the prices paid, beside what neighbours say: new contracts are held against
         it. What is kept for certain consumers is not in it.
         """
-        free = [(held, held.price) for held in self._stock.slices(interval) if not held.only_for]
-        payload = self._stock_message(interval, free).to_payload()
+        left: dict[Source, tuple[int, int]] = {}
+        for held in self._stock.slices(interval):
+            if not held.only_for:
+                energy_wh, price = left.get(held.source, (0, held.price))
+                left[held.source] = (energy_wh + held.energy_wh, min(price, held.price))
+        payload = _stock_message(self._identity.name, interval, left).to_payload()
         self._store.set_heard(interval.start_s, MessageType.STOCK, self._identity.name, payload)
+
+    def offer_again(self, interval: Interval) -> None:
+        """Energy came late: announce it to those who were refused in this interval."""
+        refused = {
+            Source(row.source) for row in self._store.orders_in(interval.start_s) if row.granted_wh < row.energy_wh
+        }
+        if any(source in refused for source in self._in.offers(interval, with_bought=True)):
+            self._announce_stock(interval, with_bought=True)
 
     def _publish_retained(self, topic: str, raw: bytes) -> None:
         self._store.set_announcement(topic, raw)
         self._outputs.publish(topic, raw, retain=True)
 
-    def hear(self, peer: str, announcement: Cleared | messages.Stock | messages.Forecast) -> None:
-        """A neighbour's announcement about one interval, or about the day that begins then."""
+    def hear(self, peer: str, announcement: Cleared | messages.Stock | messages.Forecast) -> bool:
+        """A neighbour's announcement about an interval, or about the day that begins then.
+
+        True if it has energy anew of which it had refused some.
+        """
         if announcement.broker != peer:
             self._outputs.complain(f"{peer} announces in the name of {announcement.broker}; it is ignored")
-            return
+            return False
+        before = self._store.heard(announcement.start_s, announcement.TYPE).get(peer)
+        if isinstance(announcement, Cleared):
+            if before is None or (announcement.round_number or 0) >= (Cleared.from_payload(before).round_number or 0):
+                self._store.set_heard(announcement.start_s, announcement.TYPE, peer, announcement.to_payload())
+            return False
         self._store.set_heard(announcement.start_s, announcement.TYPE, peer, announcement.to_payload())
+        if before is None or before == announcement.to_payload() or isinstance(announcement, messages.Forecast):
+            return False
+        before_wh = {offer.source: offer.energy_wh for offer in messages.Stock.from_payload(before).offers}
+        renewed = {
+            (peer, offer.source) for offer in announcement.offers if offer.energy_wh > before_wh.get(offer.source, 0)
+        }
+        self._renewed |= renewed
+        return bool(renewed)
 
     def forget(self, before_s: int) -> None:
-        """Drop what was heard long before that interval."""
+        """An interval is closed: drop what was heard long before it."""
         self._store.forget_heard(before_s - KEEP_HEARD_S)
+        self._renewed.clear()
+
+    # Rounds
+
+    def may_go_on(self, interval: Interval, market_time_s: int) -> bool:
+        """True if the next round can begin: all of this one is heard and served, and own orders are answered."""
+        own = self._own_round(interval.start_s)
+        if own is None or own.last:
+            return False
+        if any(self._desk.waits_for(kind, interval.start_s) for kind in (BatchKind.SUPPLY, BatchKind.VOID)):
+            return False
+        for row in self._out.open_rows():
+            held_up = row.round_number is not None and row.round_number <= own.round_number
+            if held_up and not (row.round_number == own.round_number and row.state == _PASSED_ON):
+                return False
+        time_is_up = market_time_s >= self._limit_s(interval, own.round_number)
+        return time_is_up or not self._waits_for_neighbours(interval.start_s, own.round_number)
+
+    def _waits_for_neighbours(self, start_s: int, round_number: int) -> bool:
+        if self._missing(start_s, round_number):
+            return True
+        # In round 0 what is offered must be here as well; the two messages may overtake each other.
+        stocks = self._store.heard(start_s, MessageType.STOCK)
+        return round_number == 0 and any(
+            name not in stocks for name, one in self._heard(start_s).items() if one is not None and not one.last
+        )
+
+    def go_on(
+        self, interval: Interval, clearing: Clearing, rehearse: Rehearsal, market_time_s: int, now_s: float
+    ) -> None:
+        """Send the next round's orders: what own consumers lack, and what neighbours' orders still want. Announce it.
+
+        `clearing` is of now. Where nobody is left to ask for the lines, what gate 2 would use is ordered.
+        """
+        own = self._own_round(interval.start_s)
+        assert own is not None
+        gates = self._calendar.gate_1_of(interval), self._calendar.gate_2_of(interval)
+        round_number = next_round(own.round_number, market_time_s, *gates)
+        with_groups = round_number >= GROUPS_FROM_ROUND
+        board = self._board(interval.start_s, round_number)
+        own_rows = [row for row in self._out.open_rows() if row.start_s == interval.start_s and row.parent is None]
+        planned = self._plan_own(interval, clearing, own_rows, board, with_groups=with_groups)
+        if not planned and not own_rows and with_groups:
+            planned = self._plan_rehearsed(interval, clearing, rehearse, board)
+        for plan in planned:
+            self._out.send(*_named(plan), interval, round_number, now_s)
+        open_wh = sum([plan.energy_wh for plan in planned]) + sum([row.energy_wh for row in own_rows])
+        if not with_groups:
+            open_wh += sum(clearing.shortages.values()) + sum(clearing.group_shortage_wh.values())
+        for row in self._in.passed_on():
+            if row.start_s == interval.start_s and not self._store.orders_out_for(row.requester, row.order_id):
+                self._pass_on(row, interval, round_number, board, now_s)
+        self._announce(interval, clearing, round_number, open_wh)
+
+    def is_through(self, interval: Interval) -> bool:
+        """True if this broker takes part in no further round of an interval and waits for nothing for its consumers."""
+        own = self._own_round(interval.start_s)
+        return (own is None or own.last) and not any(row.parent is None for row in self._out.open_rows())
+
+    def ask_late(self, interval: Interval, clearing: Clearing, now_s: float) -> bool:
+        """After the last round, something is short or was announced anew: order outside the rounds. False if not."""
+        exhausted = self._exhausted(interval.start_s) - self._renewed
+        # No more guessing: outside the rounds, those are asked that offer something or never say what they have.
+        offers = self._offers(interval.start_s)
+        speaking = self._store.heard(interval.start_s, MessageType.STOCK)
+        for key in [(name, source) for name in speaking for source in Source]:
+            if key not in offers or not offers[key].energy_wh:
+                exhausted.add(key)
+        board = _Board(offers, [], exhausted)
+        planned = self._plan_own(interval, clearing, [], board, with_groups=True)
+        for plan in planned:
+            self._out.send(*_named(plan), interval, None, now_s)
+        self._renewed.clear()
+        return bool(planned)
+
+    # Planning
+
+    def _board(self, start_s: int, round_number: int) -> "_Board":
+        through = []
+        for neighbour, payload in self._store.heard(start_s, MessageType.CLEARED).items():
+            # All have said it in round 1; who says it in this very round may have been heard or not.
+            if neighbour in self._policies and round_number > 1:
+                for offer in Cleared.from_payload(payload).through or ():
+                    through.append(NeighbourOffer(neighbour, offer.source, offer.energy_wh, offer.price))
+        return _Board(self._offers(start_s), through, self._exhausted(start_s))
+
+    def _announced(self, start_s: int) -> list[NeighbourOffer]:
+        """What neighbours announced of an interval."""
+        return [
+            NeighbourOffer(neighbour, offer.source, offer.energy_wh, offer.price)
+            for neighbour, payload in self._store.heard(start_s, MessageType.STOCK).items()
+            if neighbour in self._policies
+            for offer in messages.Stock.from_payload(payload).offers
+        ]
+
+    def _offers(self, start_s: int) -> dict[tuple[str, Source], NeighbourOffer]:
+        """What neighbours announced for the interval, less what they gave; nothing of what they ran out of."""
+        offers = {(offer.neighbour, offer.source): offer for offer in self._announced(start_s)}
+        for row in self._store.orders_out(start_s):
+            key = (row.neighbour, Source(row.source))
+            if key in offers and key not in self._renewed:
+                ran_out = not RequesterState[row.state.upper()].is_open and row.seen_wh < row.energy_wh
+                left_wh = 0 if ran_out else max(0, offers[key].energy_wh - row.seen_wh)
+                offers[key] = replace(offers[key], energy_wh=left_wh)
+        return offers
+
+    def _exhausted(self, start_s: int) -> set[tuple[str, Source]]:
+        """The (neighbour, source) from whom nothing came when asked. Who gave something may have, or find, more."""
+        return {(row.neighbour, Source(row.source)) for row in self._store.orders_out(start_s) if not row.seen_wh}
+
+    def _candidates(self, start_s: int, path: Sequence[str] = ()) -> list[str]:
+        """The neighbours that may be asked. One on trial gets one order in an interval."""
+        asked = {row.neighbour for row in self._store.orders_out(start_s)}
+        candidates = []
+        for name in self._names:
+            record = self._out.record(name, start_s)
+            on_trial_again = record.is_on_trial and name in asked
+            if (
+                self._policies[name].is_asked
+                and name not in path
+                and not record.is_left_alone(start_s)
+                and not on_trial_again
+            ):
+                candidates.append(name)
+        return candidates
+
+    def _trust_ppm(self, start_s: int) -> dict[str, int]:
+        return {name: self._out.record(name, start_s).trust_ppm for name in self._names}
+
+    def _highest_prices(self, clearing: Clearing) -> dict[Source, int]:
+        """The most that is paid for each source: what those who lack it would pay, within the broker's own limit."""
+        prices = {}
+        for source in Source:
+            limit = clearing.price_limits.get(source)
+            price = self._highest_price
+            if limit is not None:
+                price = min(price, limit - self._tariff.consumer_margin)
+            if price >= 0:
+                prices[source] = price
+        return prices
+
+    def _plan_own(
+        self,
+        interval: Interval,
+        clearing: Clearing,
+        open_rows: Sequence[OrderOutRow],
+        board: "_Board",
+        *,
+        with_groups: bool,
+    ) -> tuple[PlannedOrder, ...]:
+        """What own lines lack, less what neighbours are still asking others for."""
+        shortages, groups = dict(clearing.shortages), dict(clearing.group_shortage_wh)
+        for row in open_rows:
+            _subtract(Source(row.source), row.energy_wh - row.seen_wh, shortages, groups)
+        return board.plan(
+            shortages,
+            groups if with_groups else {},
+            self._candidates(interval.start_s),
+            self._highest_prices(clearing),
+            self._trust_ppm(interval.start_s),
+        )
+
+    def _plan_rehearsed(
+        self, interval: Interval, clearing: Clearing, rehearse: Rehearsal, board: "_Board"
+    ) -> tuple[PlannedOrder, ...]:
+        """What gate 2 would use of neighbours' offers, for lines that are raised and for substitutes."""
+        candidates = self._candidates(interval.start_s)
+        offered: dict[Lot, int] = {}
+        for (neighbour, source), offer in board.offers.items():
+            if neighbour in candidates and (neighbour, source) not in board.exhausted and offer.energy_wh:
+                # Whose energy it is, the neighbour does not say.
+                lot = Lot(source, interval.start_s, "", offer.price)
+                offered[lot] = offered.get(lot, 0) + offer.energy_wh
+        if not offered:
+            return ()
+        wanted = rehearse(offered)
+        prices = dict.fromkeys(Source, self._highest_price)
+        return board.plan(wanted, {}, candidates, prices, self._trust_ppm(interval.start_s))
+
+    def _pass_on(self, row: OrderInRow, interval: Interval, round_number: int, board: "_Board", now_s: float) -> None:
+        """Ask others for what a neighbour's order wants and is not here; an order of our own, within its price."""
+        order = Order.from_payload(parse(row.raw).payload)
+        source = Source(row.source)
+        prices = {source: row.highest_price - self._tariff.neighbour_margin}
+        planned = board.plan(
+            {source: row.energy_wh - row.granted_wh},
+            {},
+            self._candidates(interval.start_s, order.path),
+            prices if prices[source] >= 0 else {},
+            self._trust_ppm(interval.start_s),
+            further=len(order.path) + 1 < MAX_PATH_BROKERS,
+        )
+        for plan in planned:
+            self._out.send(*_named(plan), interval, round_number, now_s, Parent.of(row, order))
+        if not planned:
+            self._in.nobody_left(row)
+
+    # Orders out
+
+    def send_again(self, now_s: float, *, reconnected: bool) -> None:
+        """Repeat orders whose answer is overdue, or all open ones after a reconnect."""
+        self._out.send_again(now_s, reconnected=reconnected)
+
+    def next_resend_at_s(self) -> float | None:
+        """Network time of the next repetition; None while no order is open."""
+        return self._out.next_resend_at_s()
+
+    def take_answer(self, peer: str, answer: OrderAnswer) -> bool:
+        """A neighbour's answer. True if it ends an order for own consumers."""
+        return self._settled(self._out.take_answer(peer, answer))
+
+    def transfer_seen(self, transfer: Transfer, order: Order, *, in_stock: bool, loaded: bool) -> None:
+        """The feed shows a transfer to us under an order: the energy is ours.
+
+        `in_stock`: the holdings that the ledger gave, or is giving, include it; `loaded`: it has given them.
+        """
+        asset = transfer.asset
+        if not self._store.add_transfers([transfer_row(Flow.BOUGHT, transfer, order.source, order.order_id)]):
+            return
+        key = (asset.device, int(asset.carrier), asset.start_s, asset.revision)
+        wh = transfer.from_wh, transfer.to_wh
+        owner = self._store.owner_of(asset.device) or ""
+        held = HeldSlice(key, order.source, order.start_s, order.end_s, *wh, transfer.price, owner)
+        if not in_stock:
+            self._stock.add(held)
+        row = self._store.order_out(order.order_id)
+        if row is None:
+            self._outputs.complain(
+                f"{transfer.sender} transferred energy under an order that this broker does not know"
+            )
+            return
+        if row.parent is not None:
+            self._hand_on(row, held, loaded=loaded)
+        self._settled(self._out.transfer_seen(order.order_id, held.energy_wh))
+
+    def _hand_on(self, row: OrderOutRow, held: HeldSlice, *, loaded: bool) -> None:
+        """What was bought for a neighbour's order goes to it, as far as it still wants any; the rest is stock."""
+        assert row.parent_requester is not None
+        assert row.parent is not None
+        parent = self._in.row(row.parent_requester, row.parent)
+        wanted_wh = min(held.energy_wh, parent.energy_wh - parent.granted_wh)
+        if parent.state != _PASSED_ON or not wanted_wh:
+            return
+        piece = held._replace(to_wh=held.from_wh + wanted_wh)
+        if self._stock.holds(piece.asset, piece.from_wh, piece.to_wh):
+            self._stock.remove(piece.asset, piece.from_wh, piece.to_wh)
+        elif loaded:
+            return  # It has been used, between a restart and now.
+        self._in.hand_on(parent, piece)
+
+    def time_out(self, interval: Interval, market_time_s: int) -> bool:
+        """Void the orders whose time is up, so that others can be asked. False if there are none."""
+        if self._desk.waits_for(BatchKind.VOID, interval.start_s):
+            return False
+        overdue = self._out.overdue(interval, market_time_s)
+        if overdue:
+            self._out.void(overdue, interval)
+        return bool(overdue)
+
+    def give_up(self, start_s: int) -> list[bytes]:
+        """Gate 2: the ids of the orders of an interval that are still open, to be voided with its close."""
+        return self._out.give_up(start_s)
+
+    def closed(self, start_s: int) -> None:
+        """The ledger shows our close of that interval: nothing can be transferred under its orders any more."""
+        for row in self._store.orders_out(start_s):
+            if RequesterState[row.state.upper()].is_open:
+                self._settled(self._out.ended(row, "unanswered at gate 2"))
+
+    def voided(self, order_ids: Sequence[bytes]) -> None:
+        """The ledger shows our voids of these orders."""
+        for order_id in order_ids:
+            row = self._store.order_out(order_id)
+            if row is not None and RequesterState[row.state.upper()].is_open:
+                self._settled(self._out.ended(row, "unanswered in its round"))
+
+    def _settled(self, row: OrderOutRow | None) -> bool:
+        """An order has ended (None: none has). True if it was for own consumers."""
+        if row is None:
+            return False
+        if row.parent is None:
+            return True
+        assert row.parent_requester is not None
+        parent = self._in.row(row.parent_requester, row.parent)
+        children = self._store.orders_out_for(row.parent_requester, row.parent)
+        if parent.state == _PASSED_ON and not any(RequesterState[child.state.upper()].is_open for child in children):
+            self._in.nobody_left(parent)
+        return False
+
+    # Orders in
+
+    def take_order(self, peer: str, order: Order, raw: bytes, market_time_s: int) -> None:
+        """A neighbour's order: stored, and served when its round is; a repeated one is answered again."""
+        self._in.take_order(peer, order, raw, market_time_s)
+
+    def serve(self, interval: Interval, *, cleared: bool, market_time_s: int) -> bool:
+        """Serve the waiting orders of one round whose time has come. False if there are none.
+
+        `interval` is in work; `cleared`: own consumers have been served from it. Orders of earlier intervals, and those
+        outside the rounds, get what is left at once.
+        """
+        rows = self._in.received()
+        at_once = [row for row in rows if row.start_s < interval.start_s]
+        current = [row for row in rows if row.start_s == interval.start_s] if cleared else []
+        at_once += [row for row in current if row.round_number is None]
+        if at_once:
+            first = [row for row in at_once if row.start_s == at_once[0].start_s]
+            self._in.serve(first, lambda _row: False, with_bought=True)
+            return True
+        if not current:
+            return False
+        own = self._own_round(interval.start_s)
+        assert own is not None
+        round_number = min([row.round_number for row in current if row.round_number is not None])
+        time_is_up = market_time_s >= self._limit_s(interval, round_number)
+        if not time_is_up:
+            if not own.last and round_number > own.round_number:
+                return False
+            if self._missing(interval.start_s, round_number):
+                return False
+        of_round = [row for row in current if row.round_number == round_number]
+        self._in.serve(of_round, lambda row: self._can_pass_on(row, own), with_bought=not own.open_wh)
+        return True
+
+    def _can_pass_on(self, row: OrderInRow, own: Heard) -> bool:
+        if not self._passes_on or own.last or own.round_number >= LAST_ROUND or not can_be_passed_on(row):
+            return False
+        path = Order.from_payload(parse(row.raw).payload).path
+        exhausted = self._exhausted(row.start_s)
+        return any((name, Source(row.source)) not in exhausted for name in self._candidates(row.start_s, path))
+
+    def supply_finished(self, batch: BatchRow, transfers: Sequence[Transfer], refusal: str | None) -> None:
+        """The ledger's word on a batch of transfers to a neighbour; `refusal` is None if it is committed."""
+        self._in.supply_finished(batch, transfers, refusal)
+
+    def order_void(self, peer: str, order_id: bytes) -> None:
+        """A block holds a neighbour's void of an order."""
+        row = self._store.order_in(peer, order_id)
+        if row is not None:
+            self._in.ended(row)
+
+    def interval_closed(self, peer: str, start_s: int) -> None:
+        """A block holds a neighbour's close of an interval: its orders of it have ended."""
+        for row in self._store.orders_in(start_s):
+            if row.requester == peer:
+                self._in.ended(row)
 
 
-def transfer_row(flow: Flow, transfer: Transfer, source: Source, order_id: bytes) -> TransferRow:
-    """A committed transfer of ours as it is kept for the accounts."""
-    asset = transfer.asset
-    return TransferRow(
-        int(flow),
-        transfer.sender if flow.into_broker else transfer.receiver,
-        asset.device,
-        asset.start_s,
-        asset.revision,
-        transfer.from_wh,
-        transfer.to_wh,
-        int(source),
-        transfer.price,
-        order_id,
+class _Board:
+    """What one round's plans draw from: offers that shrink as they are asked for, and who has nothing."""
+
+    def __init__(
+        self,
+        offers: dict[tuple[str, Source], NeighbourOffer],
+        through: Sequence[NeighbourOffer],
+        exhausted: set[tuple[str, Source]],
+    ) -> None:
+        self.offers = offers
+        self.through = through
+        self.exhausted = exhausted
+
+    def plan(
+        self,
+        shortages: Mapping[Source, int],
+        groups: Mapping[SourceGroup, int],
+        candidates: Sequence[str],
+        prices: Mapping[Source, int],
+        trust_ppm: Mapping[str, int],
+        *,
+        further: bool = True,
+    ) -> tuple[PlannedOrder, ...]:
+        """Whom to ask, as `plan_orders` says; what is asked of an offer is gone from it.
+
+        `further`: the order may be passed on by who gets it.
+        """
+        offers, through = tuple(self.offers.values()), self.through if further else ()
+        planned = plan_orders(shortages, groups, candidates, offers, prices, self.exhausted, trust_ppm, through)
+        for plan in planned:
+            key = (plan.neighbour, plan.source)
+            if key in self.offers:
+                left_wh = max(0, self.offers[key].energy_wh - plan.energy_wh)
+                self.offers[key] = replace(self.offers[key], energy_wh=left_wh)
+        return planned
+
+
+def _stock_message(broker: str, interval: Interval, offers: Mapping[Source, tuple[int, int]]) -> messages.Stock:
+    """Coarsely what there is: (Wh, lowest price) by source."""
+    return messages.Stock(
+        broker,
+        interval.start_s,
+        interval.end_s,
+        tuple(
+            [
+                SourceOffer(source, energy_wh - energy_wh % COARSE_WH, price)
+                for source, (energy_wh, price) in sorted(offers.items())
+                if energy_wh >= COARSE_WH
+            ]
+        ),
     )
 
 
-def _name(state: RequesterState | SupplierState) -> str:
-    return state.name.lower()
+def _named(plan: PlannedOrder) -> tuple[str, Source, int, int]:
+    return plan.neighbour, plan.source, plan.energy_wh, plan.highest_price
 
 
-def _short(reason: str) -> str:
-    return reason[:MAX_REASON_CHARACTERS]
+def _subtract(source: Source, energy_wh: int, shortages: dict[Source, int], groups: dict[SourceGroup, int]) -> None:
+    """Take off what is still coming: of the source's own lines first, then of the groups that it is in."""
+    part_wh = min(energy_wh, shortages.get(source, 0))
+    if part_wh:
+        shortages[source] -= part_wh
+    for group in groups:
+        if source in group.sources:
+            more_wh = min(energy_wh - part_wh, groups[group])
+            groups[group] -= more_wh
+            part_wh += more_wh
 
 
-def _key(row: OrderInRow) -> tuple[str, bytes]:
-    return row.requester, row.order_id
+def _heard(cleared: Cleared, own_name: str) -> Heard:
+    """What an announcement says to the broker `own_name`. One without rounds is heard as a last one."""
+    asked = sum([item.orders for item in cleared.asked if item.neighbour == own_name])
+    if cleared.round_number is None:
+        return Heard(0, True, asked, 0)
+    return Heard(cleared.round_number, bool(cleared.last), asked, cleared.open_wh or 0)
+
+
+def _order_token(order_id: bytes, *, passed_on: bool) -> bytes:
+    return _token(["order", order_id, passed_on])
+
+
+def _round_token(broker: str, start_s: int, round_number: int) -> bytes:
+    return _token(["round", broker, start_s, round_number])
+
+
+def _token(named: list[str | bytes | int | bool]) -> bytes:
+    return sha256(cbor.encode(named)).digest()[:WAIT_TOKEN_BYTES]
+
+
+_PASSED_ON: Final = RequesterState.PASSED_ON.name.lower()
+"""The name of the state is the same on both sides."""

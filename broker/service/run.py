@@ -27,11 +27,12 @@ from broker.market.tariff import Tariff
 from broker.protocol.envelope import Signer, open_envelope
 from broker.protocol.errors import ProtocolError
 from broker.protocol.keys import load_private_key, public_key_from_cose
-from broker.protocol.messages import BrokerStatus, Genesis, Report, Stage, Tick, Witness
+from broker.protocol.messages import MAX_WAITS, BrokerStatus, Genesis, Report, Stage, Tick, Witness
 from broker.protocol.mqtt_link import Incoming, MqttConfig, MqttLink
 from broker.protocol.topics import Topics
 from broker.service.certificates import CertificateDesk, CertificateProcess
-from broker.service.core import Broker
+from broker.service.core import Broker, Neighbour
+from broker.service.orders_in import PartnerPolicy
 from broker.service.outputs import Identity, Publication
 from broker.service.store import BrokerStore
 from firmware_config.loader import ConfigError
@@ -139,7 +140,13 @@ class BrokerService:
         self._simulated = config.broker.clock == "conductor"
         self._store = BrokerStore(config.database)
         stack.callback(self._store.close)
-        neighbours = {neighbour.name: parse_public_key(neighbour.key) for neighbour in config.neighbours}
+        neighbours = {
+            neighbour.name: Neighbour(
+                parse_public_key(neighbour.key),
+                PartnerPolicy(neighbour.is_served, neighbour.is_asked, neighbour.most_wh),
+            )
+            for neighbour in config.neighbours
+        }
         self._store.begin()
         self._broker = Broker(
             self._identity,
@@ -149,6 +156,8 @@ class BrokerService:
             neighbours,
             config.market.highest_price,
             Tariff(config.market.consumer_margin, config.market.neighbour_margin),
+            passes_on=config.market.passes_on,
+            jitter=lambda: random_bytes(1)[0],
         )
         self._store.commit()
         self._monotonic_s = monotonic_s
@@ -470,7 +479,18 @@ class BrokerService:
         tick = self._tick
         if tick is None:
             return
-        report = Report(self._name, tick.time_s, tick.stage, idle, self._broker.next_wake_s(), self._client.height)
+        waits_for, holds = sorted(self._broker.waits_for), sorted(self._broker.holds)
+        report = Report(
+            self._name,
+            tick.time_s,
+            tick.stage,
+            # Who waits for more than a report can say has to be waited for.
+            idle and len(waits_for) <= MAX_WAITS,
+            self._broker.next_wake_s(),
+            self._client.height,
+            tuple(waits_for[:MAX_WAITS]),
+            tuple(holds[:MAX_WAITS]),
+        )
         if report != self._report and self._link.connected:
             # QoS 0: the conductor asks again each second.
             self._link.publish(self._topics.report(self._name), report.to_bytes(), qos=0, retain=True)

@@ -84,16 +84,20 @@ CREATE INDEX batch_waiting ON batch (state) WHERE state = 0;
 CREATE TABLE order_out (
     order_id BLOB PRIMARY KEY, start_s INTEGER NOT NULL, neighbour TEXT NOT NULL, source INTEGER NOT NULL,
     energy_wh INTEGER NOT NULL, raw BLOB NOT NULL, state TEXT NOT NULL, seen_wh INTEGER NOT NULL,
-    answered_wh INTEGER, reason TEXT
+    answered_wh INTEGER, answer_status INTEGER, round INTEGER, parent_requester TEXT, parent BLOB, reason TEXT
 ) WITHOUT ROWID;
 CREATE INDEX order_out_interval ON order_out (start_s);
-CREATE INDEX order_out_open ON order_out (start_s) WHERE state = 'asked';
+CREATE INDEX order_out_open ON order_out (start_s) WHERE state IN ('asked', 'passed_on', 'coming');
+CREATE INDEX order_out_parent ON order_out (parent) WHERE parent IS NOT NULL;
 CREATE TABLE order_in (
     requester TEXT NOT NULL, order_id BLOB NOT NULL, start_s INTEGER NOT NULL, source INTEGER NOT NULL,
     energy_wh INTEGER NOT NULL, highest_price INTEGER NOT NULL, raw BLOB NOT NULL, state TEXT NOT NULL,
-    granted_wh INTEGER NOT NULL, answer BLOB, PRIMARY KEY (requester, order_id)
+    granted_wh INTEGER NOT NULL, answer BLOB, round INTEGER, path_length INTEGER NOT NULL,
+    PRIMARY KEY (requester, order_id)
 ) WITHOUT ROWID;
 CREATE INDEX order_in_interval ON order_in (start_s);
+CREATE INDEX order_in_state ON order_in (start_s) WHERE state IN ('received', 'passed_on');
+CREATE TABLE partner (name TEXT PRIMARY KEY, record BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE transfer (
     number INTEGER PRIMARY KEY, flow INTEGER NOT NULL, party TEXT NOT NULL, device TEXT NOT NULL,
     asset_start_s INTEGER NOT NULL, asset_revision INTEGER NOT NULL, from_wh INTEGER NOT NULL, to_wh INTEGER NOT NULL,
@@ -150,6 +154,7 @@ class BatchKind(IntEnum):
     CORRECT_DEMAND = 5
     CORRECT = 6
     TAKE_OVER = 7
+    VOID = 8
 
 
 class Standing(IntEnum):
@@ -277,8 +282,9 @@ class BatchRow:
     reason: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class OrderOutRow:
+class OrderOutRow(NamedTuple):
+    """An order to a neighbour. `round_number` is None outside the rounds; an order that is passed on has a parent."""
+
     order_id: bytes
     start_s: int
     neighbour: str
@@ -288,10 +294,13 @@ class OrderOutRow:
     state: str
     seen_wh: int
     answered_wh: int | None
+    answer_status: int | None
+    round_number: int | None
+    parent_requester: str | None
+    parent: bytes | None
 
 
-@dataclass(frozen=True, slots=True)
-class OrderInRow:
+class OrderInRow(NamedTuple):
     """A neighbour's order. Ids are the requester's own, so they identify only together with its name."""
 
     requester: str
@@ -304,6 +313,8 @@ class OrderInRow:
     state: str
     granted_wh: int
     answer: bytes | None
+    round_number: int | None
+    path_length: int
 
 
 class TransferRow(NamedTuple):
@@ -877,44 +888,40 @@ class BrokerStore:
     # Orders
 
     def add_order_out(self, row: OrderOutRow) -> None:
-        self._db.execute(
-            "INSERT INTO order_out VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
-            (
-                row.order_id,
-                row.start_s,
-                row.neighbour,
-                row.source,
-                row.energy_wh,
-                row.raw,
-                row.state,
-                row.seen_wh,
-                row.answered_wh,
-            ),
-        )
+        self._db.execute("INSERT INTO order_out VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)", row)
 
     def order_out(self, order_id: bytes) -> OrderOutRow | None:
         row = self._db.execute("SELECT * FROM order_out WHERE order_id = ?", (order_id,)).fetchone()
-        return OrderOutRow(*row[:9]) if row else None
+        return OrderOutRow(*row[:13]) if row else None
 
     def orders_out(self, start_s: int) -> list[OrderOutRow]:
         rows = self._db.execute("SELECT * FROM order_out WHERE start_s = ? ORDER BY order_id", (start_s,))
-        return [OrderOutRow(*row[:9]) for row in rows]
+        return [OrderOutRow(*row[:13]) for row in rows]
+
+    def orders_out_for(self, requester: str, order_id: bytes) -> list[OrderOutRow]:
+        """The orders that pass on that order of a neighbour."""
+        rows = self._db.execute(
+            "SELECT * FROM order_out WHERE parent = ? AND parent_requester = ? ORDER BY order_id", (order_id, requester)
+        )
+        return [OrderOutRow(*row[:13]) for row in rows]
 
     def all_orders_out(self) -> Iterator[OrderOutRow]:
         rows = self._db.execute("SELECT * FROM order_out ORDER BY start_s, neighbour, source, order_id")
-        return (OrderOutRow(*row[:9]) for row in rows)
+        return (OrderOutRow(*row[:13]) for row in rows)
 
     def open_orders_out(self) -> list[OrderOutRow]:
         """Orders that may still be served, oldest interval first."""
-        rows = self._db.execute("SELECT * FROM order_out WHERE state = 'asked' ORDER BY start_s, order_id")
-        return [OrderOutRow(*row[:9]) for row in rows]
+        rows = self._db.execute(
+            "SELECT * FROM order_out WHERE state IN ('asked', 'passed_on', 'coming') ORDER BY start_s, order_id"
+        )
+        return [OrderOutRow(*row[:13]) for row in rows]
 
-    def set_order_out(
-        self, order_id: bytes, state: str, seen_wh: int, answered_wh: int | None, reason: str | None
-    ) -> None:
+    def set_order_out(self, row: OrderOutRow, reason: str | None) -> None:
+        """Note an order's state, what was seen under it and what was answered."""
         self._db.execute(
-            "UPDATE order_out SET state = ?, seen_wh = ?, answered_wh = ?, reason = ? WHERE order_id = ?",
-            (state, seen_wh, answered_wh, reason, order_id),
+            "UPDATE order_out SET state = ?, seen_wh = ?, answered_wh = ?, answer_status = ?, reason = ?"
+            " WHERE order_id = ?",
+            (row.state, row.seen_wh, row.answered_wh, row.answer_status, reason, row.order_id),
         )
 
     def all_orders_in(self) -> Iterator[OrderInRow]:
@@ -922,21 +929,7 @@ class BrokerStore:
         return (OrderInRow(*row) for row in rows)
 
     def add_order_in(self, row: OrderInRow) -> None:
-        self._db.execute(
-            "INSERT INTO order_in VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                row.requester,
-                row.order_id,
-                row.start_s,
-                row.source,
-                row.energy_wh,
-                row.highest_price,
-                row.raw,
-                row.state,
-                row.granted_wh,
-                row.answer,
-            ),
-        )
+        self._db.execute("INSERT INTO order_in VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
 
     def order_in(self, requester: str, order_id: bytes) -> OrderInRow | None:
         row = self._db.execute(
@@ -950,15 +943,25 @@ class BrokerStore:
 
     def orders_in_state(self, state: str) -> list[OrderInRow]:
         rows = self._db.execute(
-            "SELECT * FROM order_in WHERE state = ? ORDER BY start_s, requester, order_id", (state,)
+            "SELECT * FROM order_in WHERE state = ? AND state IN ('received', 'passed_on')"
+            " ORDER BY start_s, requester, order_id",
+            (state,),
         )
         return [OrderInRow(*row) for row in rows]
 
-    def set_order_in(self, requester: str, order_id: bytes, state: str, granted_wh: int, answer: bytes | None) -> None:
+    def set_order_in(self, row: OrderInRow) -> None:
+        """Note an order's state, what it was granted, and the last answer."""
         self._db.execute(
             "UPDATE order_in SET state = ?, granted_wh = ?, answer = ? WHERE requester = ? AND order_id = ?",
-            (state, granted_wh, answer, requester, order_id),
+            (row.state, row.granted_wh, row.answer, row.requester, row.order_id),
         )
+
+    def partner_records(self) -> dict[str, bytes]:
+        """What is remembered of each neighbour (`broker.market.partners`)."""
+        return dict(self._db.execute("SELECT name, record FROM partner ORDER BY name").fetchall())
+
+    def set_partner_record(self, name: str, record: bytes) -> None:
+        self._db.execute("INSERT OR REPLACE INTO partner VALUES (?, ?)", (name, record))
 
     # Transfers, and what was paid
 

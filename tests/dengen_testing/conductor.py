@@ -7,7 +7,10 @@ meters) answer stage WORLD, those of the *market* (agents and brokers) stage MAR
     WORLD at t ──all idle──► MARKET at t ──all idle at one ledger height──► WORLD or MARKET at the smallest next_wake_s
 
 A participant says `idle=False` before it sends anything that new work causes, and MQTT keeps the order of each sender.
-So when all stand at `idle=True` for the tick, and at the same ledger height, nothing is under way. WORLD is left out
+So when all stand at `idle=True` for the tick, and at the same ledger height, nothing is under way.
+A broker that waits for another (an answer, an announcement) is idle too, and says what it waits for; the other says
+what it has not said yet (`Report.waits_for`, `holds`). As long as the two fit, both wait for time to pass; once they do
+not, the word is on its way. WORLD is left out
 where no participant of the world wants to wake. The last tick is sent again every second and after a reconnect, and
 participants answer every copy, so whoever was restarted finds time and is found.
 
@@ -91,7 +94,7 @@ class Schedule:
     def settled(self) -> bool:
         """True when everybody of this stage has committed the work of this tick."""
         current = self._current()
-        if not all(self._idle(participant) for participant in current.values()):
+        if not all(self._idle(participant) and not self._unmet(name) for name, participant in current.items()):
             return False
         return len(self._heights(current)) <= 1
 
@@ -117,6 +120,12 @@ class Schedule:
         """For each participant that we wait for, a sentence with what it last said."""
         current = self._current()
         lines = [self._said(name, participant) for name, participant in current.items() if not self._idle(participant)]
+        if not lines:
+            lines = [
+                f"{name}: waits for {len(self._unmet(name))} things that nobody says to hold"
+                for name in current
+                if self._unmet(name)
+            ]
         heights = self._heights(current)
         if not lines and len(heights) > 1:
             lines = [
@@ -139,6 +148,16 @@ class Schedule:
             # Idle and yet wanting to act now again is a contradiction: better stopped than run second by second.
             and (report.next_wake_s is None or report.next_wake_s > self.tick.time_s)
         )
+
+    def _unmet(self, name: str) -> set[bytes]:
+        """What a participant waits for that nobody else holds: it is on its way, and will make it act."""
+        current = self._current()
+        report = current[name].report
+        held: set[bytes] = set()
+        for other, participant in current.items():
+            if other != name and participant.report is not None:
+                held.update(participant.report.holds or ())
+        return set((report.waits_for if report is not None else None) or ()) - held
 
     def _said(self, name: str, participant: _Participant) -> str:
         report = participant.report

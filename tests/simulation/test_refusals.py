@@ -11,7 +11,7 @@ from broker.market.statements import Flow
 from broker.protocol.envelope import seal
 from broker.protocol.messages import AnswerStatus, MessageType, Order, OrderAnswer
 from broker.protocol.sources import Source
-from broker.service.neighbours import MAX_OPEN_ORDERS_IN
+from broker.service.orders_in import MAX_OPEN_ORDERS_IN
 from broker.service.store import BrokerStore, TransferRow, WorkState
 from simulation import audit
 from simulation.plans import PAIR, TRIO
@@ -110,7 +110,7 @@ def test_an_order_in_another_brokers_name_is_refused_and_takes_nobodys_place(fol
     world = World(TRIO, folder, may_wait=True)
     world.patience_s = 5.0
     world.run(T0 + INTERVAL_S - 60)
-    forged_ids = [order_id_for("west", Source.WIND, T0, number, "south") for number in range(6)]
+    forged_ids = [order_id_for("west", Source.WIND, T0, number, "south") for number in range(8)]
     for forged_id in forged_ids:
         for message in (
             order(order_id=forged_id, path=("east", "south"), requester="east"),
@@ -151,7 +151,7 @@ def test_an_order_that_cannot_be_served_is_answered_and_not_kept(
 
 def test_a_flood_of_orders_is_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert MAX_OPEN_ORDERS_IN <= 10_000
-    monkeypatch.setattr("broker.service.neighbours.MAX_OPEN_ORDERS_IN", 5)
+    monkeypatch.setattr("broker.service.orders_in.MAX_OPEN_ORDERS_IN", 5)
     world = World(PAIR, folder, may_wait=True)
     world.patience_s = 3.0
     for number in range(50):
@@ -184,7 +184,7 @@ def test_a_neighbour_that_says_done_and_did_nothing_costs_the_wait_and_no_more(f
     world.patience_s = 5.0
     world.run(T0 + INTERVAL_S - 60)
     world.server.partition = keeps_away_supplies
-    wind = order_id_for("west", Source.WIND, T0, 0, "east")
+    wind = order_id_for("west", Source.WIND, T0, 1, "east")
     lie = sealed(OrderAnswer(wind, AnswerStatus.DONE, 300, b"b" * 32), "east")
     world.before_next_step(lambda: world.say("x", world.topics.response("west", "east"), lie))
     books = world.run()

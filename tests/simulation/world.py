@@ -103,6 +103,18 @@ class Plan:
     devices: tuple[DevicePlan, ...]
     late_s: dict[tuple[str, int], int] = field(default_factory=dict)
     """(meter, index of the interval): how much later than its end the agent comes to send it."""
+    links: tuple[tuple[str, str], ...] | None = None
+    """Who is whose neighbour; None: everybody is everybody's."""
+
+    policies: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    """(broker, neighbour): what the neighbour may do there, as in the config."""
+
+    def neighbours_of(self, broker: str) -> tuple[str, ...]:
+        """By name."""
+        others = sorted(other for other in self.brokers if other != broker)
+        if self.links is None:
+            return tuple(others)
+        return tuple(other for other in others if (broker, other) in self.links or (other, broker) in self.links)
 
     @property
     def intervals(self) -> int:
@@ -253,7 +265,8 @@ class World:
             save_private_key(folder / "node.pem", key("node"))
         host = HostSection(self.folder / "ledger", "node", folder / "node.pem") if name == self.plan.host else None
         neighbours = tuple(
-            NeighbourSection(other, key(other).public.cose_key.hex()) for other in self.plan.brokers if other != name
+            NeighbourSection(other, key(other).public.cose_key.hex(), **self.plan.policies.get((name, other), {}))
+            for other in self.plan.neighbours_of(name)
         )
         return BrokerConfig(
             BrokerSection(name, folder / "key.pem", folder),
@@ -391,10 +404,13 @@ class World:
         self._turn_for_all()
 
     def _at_rest(self) -> bool:
-        return all(not meter.outbox for meter in self.meters.values()) and all(
-            process.held_down or (process.service is not None and self._rests(process.service))
-            for process in self.brokers.values()
-        )
+        """Nothing is left to do at this market time. As with a conductor, who waits for somebody who waits may rest."""
+        up = [process for process in self.brokers.values() if not process.held_down]
+        services = [process.service for process in up if process.service is not None and self._rests(process.service)]
+        if len(services) < len(up) or any(meter.outbox for meter in self.meters.values()):
+            return False
+        held = {token for service in services for token in service._broker.holds}
+        return all(service._broker.waits_for <= held for service in services)
 
     @staticmethod
     def _rests(service: BrokerService) -> bool:
@@ -601,7 +617,7 @@ class World:
                 continue
             broker, client = process.service._broker, process.service._client
             batches = [row.kind.name for row in broker._desk.waiting]
-            orders = f"{len(broker._neighbours._asked)} out, {len(broker._neighbours._received)} in"
+            orders = f"{len(broker._neighbours._out._open)} out, {len(broker._neighbours._in._received)} in"
             lines.append(
                 f"broker {name}: idle {broker.idle}, in work {broker._cycle.current} {broker._cycle.state.name},"
                 f" batches {batches}, orders {orders}, client {client._phase.name} at {client.height},"

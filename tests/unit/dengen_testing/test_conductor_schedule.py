@@ -140,3 +140,26 @@ def test_time_never_goes_back_and_passes_over_no_wake(world_steps: list[int], ma
             due = [wake_s for wake_s in wakes.values() if wake_s is not None]
             assert tick.time_s <= min([*due, end_s])
     assert seen[-1].time_s == end_s
+
+
+def waiting(name: str, tick: Tick, waits_for: tuple[bytes, ...], holds: tuple[bytes, ...]) -> Report:
+    return Report(name, tick.time_s, tick.stage, True, tick.time_s + 600, None, waits_for, holds)
+
+
+def test_time_goes_on_while_one_waits_for_another_that_waits_for_time() -> None:
+    schedule = Schedule(START_S, 9_000, [], ["east", "west"])
+    schedule.take(waiting("west", schedule.tick, (b"o" * 8,), ()))
+    schedule.take(waiting("east", schedule.tick, (), (b"o" * 8,)))
+    assert schedule.advance() == Tick(START_S + 600, Stage.MARKET)
+
+
+def test_time_stands_still_while_what_somebody_waits_for_is_on_its_way() -> None:
+    """East holds it no longer: it has answered, and west has not heard that yet."""
+    schedule = Schedule(START_S, 9_000, [], ["east", "west"])
+    schedule.take(waiting("west", schedule.tick, (b"o" * 8,), ()))
+    schedule.take(waiting("east", schedule.tick, (), ()))
+    assert schedule.advance() is None
+    assert schedule.waiting() == ("west: waits for 1 things that nobody says to hold",)
+    # Nor does it help that west itself says to hold it.
+    schedule.take(waiting("west", schedule.tick, (b"o" * 8,), (b"o" * 8,)))
+    assert schedule.advance() is None

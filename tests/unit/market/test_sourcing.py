@@ -28,23 +28,27 @@ from broker.market.sourcing import (
 from broker.protocol.messages import ORDER_ID_BYTES, AnswerStatus
 from broker.protocol.sources import Source, SourceGroup
 
+LIMITS = dict.fromkeys(Source, 10)
 SOLAR, WIND, HYDRO, COAL = Source.SOLAR, Source.WIND, Source.HYDRO, Source.COAL
 
 # Written out once more by hand; "-" is illegal. Columns in the order of the events.
 REQUESTER = {
-    # SENT_AGAIN, ANSWERED_DONE, ANSWERED_REFUSED, TRANSFER_SEEN, END_SEEN
-    "ASKED": "ASKED ASKED REFUSED SEEN VOID",
-    "REFUSED": "- REFUSED REFUSED SEEN VOID",
-    "SEEN": "- SEEN SEEN SEEN SEEN",
-    "VOID": "- VOID VOID - VOID",
+    # SENT_AGAIN, ANSWERED_PASSED_ON, ANSWERED_DONE, ANSWERED_REFUSED, PART_SEEN, ALL_SEEN, END_SEEN
+    "ASKED": "ASKED PASSED_ON COMING REFUSED COMING SEEN VOID",
+    "PASSED_ON": "PASSED_ON PASSED_ON COMING REFUSED PASSED_ON SEEN VOID",
+    "COMING": "COMING PASSED_ON COMING SEEN COMING SEEN VOID",
+    "REFUSED": "- REFUSED REFUSED REFUSED SEEN SEEN VOID",
+    "SEEN": "- SEEN SEEN SEEN SEEN SEEN SEEN",
+    "VOID": "- VOID VOID VOID - - VOID",
 }
 SUPPLIER = {
-    # RECEIVED_AGAIN, GRANTED, DECLINED, BATCH_COMMITTED, BATCH_REFUSED, END_SEEN
-    "RECEIVED": "RECEIVED SUBMITTED REFUSED - - DEAD",
-    "REFUSED": "REFUSED - - - - REFUSED",
-    "SUBMITTED": "SUBMITTED - - COMMITTED DEAD DEAD",
-    "COMMITTED": "COMMITTED - - COMMITTED - COMMITTED",
-    "DEAD": "DEAD - - - DEAD DEAD",
+    # RECEIVED_AGAIN, GRANTED, ASKED_OTHERS, DECLINED, BATCH_COMMITTED, BATCH_REFUSED, END_SEEN
+    "RECEIVED": "RECEIVED SUBMITTED PASSED_ON REFUSED - - DEAD",
+    "PASSED_ON": "PASSED_ON SUBMITTED - REFUSED COMMITTED - DEAD",
+    "REFUSED": "REFUSED - - - - - REFUSED",
+    "SUBMITTED": "SUBMITTED - - - COMMITTED DEAD DEAD",
+    "COMMITTED": "COMMITTED - - - COMMITTED - COMMITTED",
+    "DEAD": "DEAD - - - - DEAD DEAD",
 }
 
 
@@ -73,7 +77,9 @@ def test_every_supplier_state_against_every_event(state: SupplierState, event: S
 
 
 @pytest.mark.parametrize("state", RequesterState)
-@pytest.mark.parametrize("event", [RequesterEvent.ANSWERED_DONE, RequesterEvent.ANSWERED_REFUSED])
+@pytest.mark.parametrize(
+    "event", [RequesterEvent.ANSWERED_PASSED_ON, RequesterEvent.ANSWERED_DONE, RequesterEvent.ANSWERED_REFUSED]
+)
 def test_no_answer_of_a_peer_can_be_illegal(state: RequesterState, event: RequesterEvent) -> None:
     next_requester_state(state, event)
 
@@ -91,6 +97,7 @@ def test_an_order_that_comes_again_gets_the_same_answer_in_the_same_state() -> N
         assert next_supplier_state(state, SupplierEvent.RECEIVED_AGAIN) is state
     assert {state.name: supplier_answer(state) for state in SupplierState} == {
         "RECEIVED": None,
+        "PASSED_ON": AnswerStatus.PASSED_ON,
         "REFUSED": AnswerStatus.REFUSED,
         "SUBMITTED": None,
         "COMMITTED": AnswerStatus.DONE,
@@ -100,21 +107,29 @@ def test_an_order_that_comes_again_gets_the_same_answer_in_the_same_state() -> N
 
 def test_an_order_id_is_the_same_after_a_restart_and_differs_in_every_part() -> None:
     named = ("west", SOLAR, 1_800, 0, "east")
-    assert order_id_for(*named).hex() == "74139609323d00a5c144448f2ba7c264"
+    assert order_id_for(*named).hex() == "859a81325705c76093c3f210c0feccd8"
     others = {
         order_id_for("south", SOLAR, 1_800, 0, "east"),
         order_id_for("west", WIND, 1_800, 0, "east"),
         order_id_for("west", SOLAR, 3_600, 0, "east"),
         order_id_for("west", SOLAR, 1_800, 1, "east"),
         order_id_for("west", SOLAR, 1_800, 0, "north"),
+        order_id_for("west", SOLAR, 1_800, 0, "east", b"parent"),
         order_id_for(*named),
     }
-    assert len(others) == 6
+    assert len(others) == 7
     assert {len(order_id) for order_id in others} == {ORDER_ID_BYTES}
 
 
 def test_resends_back_off_to_half_a_minute() -> None:
-    assert [next_resend_s(attempts) for attempts in range(1, 9)] == [1, 2, 4, 8, 15, 30, 30, 30]
+    assert [next_resend_s(attempts, 0) for attempts in range(1, 9)] == [1, 2, 4, 8, 15, 30, 30, 30]
+
+
+def test_a_resend_comes_up_to_half_its_wait_earlier() -> None:
+    waits = [next_resend_s(3, jitter) for jitter in range(256)]
+    assert waits == sorted(waits, reverse=True)
+    assert 2 < waits[-1] < waits[0] == 4
+    assert len(set(waits)) == 256
 
 
 def offer(neighbour: str, source: Source, energy_wh: int, price: int = 5) -> NeighbourOffer:
@@ -143,7 +158,15 @@ def order(neighbour: str, source: Source, energy_wh: int) -> PlannedOrder:
             ["east", "south"],
             [offer("east", WIND, 30), offer("south", WIND, 40)],
             [order("east", WIND, 10), order("south", WIND, 40)],
-            id="who announced most comes first",
+            id="of two at one price, who announced most comes first",
+        ),
+        pytest.param(
+            {WIND: 50},
+            {},
+            ["east", "south"],
+            [offer("east", WIND, 30, 4), offer("south", WIND, 40)],
+            [order("east", WIND, 30), order("south", WIND, 20)],
+            id="the cheapest comes first",
         ),
         pytest.param(
             {WIND: 90},
@@ -171,7 +194,7 @@ def order(neighbour: str, source: Source, energy_wh: int) -> PlannedOrder:
             ["east"],
             [offer("east", WIND, 30), offer("east", HYDRO, 40), offer("east", COAL, 900)],
             [order("east", WIND, 10), order("east", HYDRO, 40)],
-            id="a group takes the member that is announced most",
+            id="a group takes, at one price, the member that is announced most",
         ),
         pytest.param(
             {WIND: 30},
@@ -193,16 +216,36 @@ def test_whom_a_plan_asks(
     offers: list[NeighbourOffer],
     expected: list[PlannedOrder],
 ) -> None:
-    assert plan_orders(shortages, groups, neighbours, offers, 10) == tuple(expected)
+    assert plan_orders(shortages, groups, neighbours, offers, LIMITS) == tuple(expected)
+
+
+def test_of_two_alike_the_one_that_gave_more_before_is_asked() -> None:
+    offers = [offer("east", WIND, 50), offer("south", WIND, 50)]
+    trust = {"east": 400_000, "south": 500_000}
+    assert plan_orders({WIND: 50}, {}, ["east", "south"], offers, LIMITS, (), trust) == (order("south", WIND, 50),)
+    assert plan_orders({WIND: 50}, {}, ["east", "south"], [], LIMITS, (), trust) == (order("south", WIND, 50),)
+
+
+def test_what_nobody_has_is_asked_of_who_knows_somebody() -> None:
+    through = [offer("south", WIND, 90)]
+    own = [offer("east", WIND, 20)]
+    plan = plan_orders({WIND: 50}, {}, ["east", "south"], own, LIMITS, through=through)
+    assert plan == (order("east", WIND, 20), order("south", WIND, 30))
+    fossil = plan_orders({}, {SourceGroup.FOSSIL: 9}, ["east"], [], LIMITS, through=[offer("east", COAL, 20)])
+    assert fossil == (order("east", COAL, 9),)
+
+
+def test_a_source_that_nobody_pays_for_is_not_asked_for() -> None:
+    assert plan_orders({WIND: 50}, {}, ["east"], [], {SOLAR: 10}) == ()
 
 
 def test_who_has_answered_is_not_asked_for_the_same_source_again() -> None:
     asked = {("east", WIND)}
-    assert plan_orders({WIND: 50}, {}, ["east"], [], 10, asked) == ()
-    assert plan_orders({WIND: 50}, {}, ["east", "south"], [], 10, asked) == (order("south", WIND, 50),)
-    assert plan_orders({SOLAR: 50}, {}, ["east"], [], 10, asked) == (order("east", SOLAR, 50),)
+    assert plan_orders({WIND: 50}, {}, ["east"], [], LIMITS, asked) == ()
+    assert plan_orders({WIND: 50}, {}, ["east", "south"], [], LIMITS, asked) == (order("south", WIND, 50),)
+    assert plan_orders({SOLAR: 50}, {}, ["east"], [], LIMITS, asked) == (order("east", SOLAR, 50),)
     fossil = {SourceGroup.FOSSIL: 9}
-    assert plan_orders({}, fossil, ["east"], [], 10, {("east", Source.OIL)}) == (order("east", COAL, 9),)
+    assert plan_orders({}, fossil, ["east"], [], LIMITS, {("east", Source.OIL)}) == (order("east", COAL, 9),)
 
 
 NEIGHBOURS = ("east", "north", "south")
@@ -224,13 +267,13 @@ def test_every_short_wh_is_asked_of_exactly_one_neighbour(
     neighbours: list[str],
     offers: list[NeighbourOffer],
 ) -> None:
-    plan = plan_orders(shortages, groups, neighbours, offers, 10)
+    plan = plan_orders(shortages, groups, neighbours, offers, LIMITS)
     assert sum(one.energy_wh for one in plan) == sum(shortages.values()) + sum(groups.values())
     assert all(one.energy_wh > 0 and one.neighbour in neighbours for one in plan)
     assert max(Counter((one.neighbour, one.source) for one in plan).values(), default=1) == 1
     for source, short_wh in shortages.items():
         assert sum(one.energy_wh for one in plan if one.source is source) >= short_wh
-    assert plan == plan_orders(shortages, groups, neighbours[::-1], offers[::-1], 10)
+    assert plan == plan_orders(shortages, groups, neighbours[::-1], offers[::-1], LIMITS)
 
 
 def asks(name: int, requester: str, energy_wh: int, source: Source = WIND, highest_price: int = 10) -> OpenOrder:

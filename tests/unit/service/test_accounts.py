@@ -33,7 +33,17 @@ def store(tmp_path: Path) -> Iterator[BrokerStore]:
 def broker(store: BrokerStore) -> Broker:
     registrar, node = (NamedKey(name, key(name).public.cose_key) for name in ("registrar", "node"))
     genesis = Genesis("desk", 1_800, 600, 1_200, 86_400, "EUR", ("home",), (registrar,), (node,), False)
-    return Broker(Identity("west", key("west"), "desk"), genesis, Topics(), store, {}, 1_000, Tariff())
+    return Broker(
+        Identity("west", key("west"), "desk"),
+        genesis,
+        Topics(),
+        store,
+        {},
+        1_000,
+        Tariff(),
+        passes_on=True,
+        jitter=lambda: 0,
+    )
 
 
 def test_holdings_are_priced_range_by_range_by_what_was_paid_last(store: BrokerStore) -> None:

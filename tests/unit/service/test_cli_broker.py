@@ -396,8 +396,8 @@ def test_statements_are_kept_and_other_files_are_not(desk: Desk) -> None:
 
 def test_states_are_words(desk: Desk) -> None:
     store = desk.store()
-    store.add_order_out(OrderOutRow(b"1" * 16, 1_800, "west", 3, 100, b"raw", "seen", 80, 80))
-    store.add_order_in(OrderInRow("west", b"2" * 16, 1_800, 3, 100, 9, b"raw", "committed", 60, None))
+    store.add_order_out(OrderOutRow(b"1" * 16, 1_800, "west", 3, 100, b"raw", "seen", 80, 80, 0, 1, None, None))
+    store.add_order_in(OrderInRow("west", b"2" * 16, 1_800, 3, 100, 9, b"raw", "committed", 60, None, 1, 2))
     store.add_batch(BatchRow(1, b"b" * 32, BatchKind.DELIVER, 1_800, b"raw", WorkState.WAITING))
     store.set_batch(b"b" * 32, WorkState.REFUSED, None, "not_held: somebody else holds it")
     store.add_conflict("home", MessageType.DEMAND, 1_800, 0, b"m" * 32, b"raw", 10)

@@ -171,16 +171,23 @@ def test_a_finished_batch_keeps_its_result_but_not_its_bytes(path: Path) -> None
 
 def test_orders_out_and_in(path: Path) -> None:
     store = BrokerStore(path)
-    out = OrderOutRow(b"1", T0, "west", 3, 100, b"raw", "asked", 0, None)
+    out = OrderOutRow(b"1", T0, "west", 3, 100, b"raw", "asked", 0, None, None, 1, None, None)
     store.add_order_out(out)
     assert store.open_orders_out() == [out]
-    store.set_order_out(b"1", "seen", 80, 90, None)
+    seen = out._replace(state="seen", seen_wh=80, answered_wh=90, answer_status=0)
+    store.set_order_out(seen, None)
     assert not store.open_orders_out()
-    assert store.order_out(b"1") == OrderOutRow(b"1", T0, "west", 3, 100, b"raw", "seen", 80, 90)
+    assert store.order_out(b"1") == seen
+    child = out._replace(order_id=b"2", parent_requester="north", parent=b"1")
+    store.add_order_out(child)
+    assert store.orders_out_for("north", b"1") == [child]
+    assert not store.orders_out_for("west", b"1")
     # Two neighbours may use the same id.
     for requester in ("west", "north"):
-        store.add_order_in(OrderInRow(requester, b"1", T0, 3, 100, 9, b"raw", "received", 0, None))
-    store.set_order_in("north", b"1", "committed", 50, b"answer")
+        store.add_order_in(OrderInRow(requester, b"1", T0, 3, 100, 9, b"raw", "received", 0, None, 1, 2))
+    row = store.order_in("north", b"1")
+    assert row is not None
+    store.set_order_in(row._replace(state="committed", granted_wh=50, answer=b"answer"))
     assert [(row.requester, row.state) for row in store.orders_in(T0)] == [("north", "committed"), ("west", "received")]
     assert [row.requester for row in store.orders_in_state("received")] == ["west"]
 

@@ -1,0 +1,95 @@
+"""Rounds between the gates: when a broker may serve its neighbours and when it goes on. Pure; times are market time.
+
+Between gate 1 and gate 2 neighbouring brokers go forward in step, so that what each of them decides depends on what was
+announced and never on what arrived first:
+
+- Round 0: a broker announces that it has cleared its own stock, and coarsely what is left.
+- Round r > 0: once it has heard round r - 1 from all its neighbours, has served the orders that they announced in it,
+  and knows what came of its own, it sends its next orders and announces round r with their number.
+- A supplier serves the orders of round r when all its neighbours have announced that round and what they announced is
+  here. So all orders of a round stand at the same counter, whoever was faster.
+
+If all brokers have announced round r, all of them can serve it, so all orders of it are answered and all brokers can
+announce round r + 1: nobody waits in a circle. An order that the supplier passes on holds its requester up one round
+longer: the supplier's own order for it belongs to the next round and is answered in that.
+
+A broker announces its `last` round when it wants nothing more, holds nothing that it might pass on, and has heard that
+its neighbours want nothing more for their own consumers. Further orders could come to it only from them: an order
+passed on to it has come over two brokers, and three are the most.
+
+Whoever does not keep up is waited for until the limit of the round, a moment of market time between the gates, and not
+in the following rounds of the interval.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+LAST_ROUND: Final = 8
+"""Rounds of orders between the gates at most. Each asks whom the one before showed to have something."""
+
+GROUPS_FROM_ROUND: Final = 3
+"""Before, only what lines of a single source lack is ordered, and passed on: everybody's groups come after those."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """The newest announcement of a neighbour about one interval.
+
+    `asked` is how many orders it has sent to this broker up to that round, `open_wh` what it may still order for its
+    own consumers.
+    """
+
+    round_number: int
+    last: bool
+    asked: int
+    open_wh: int
+
+
+def round_limit_s(round_number: int, gate_1_s: int, gate_2_s: int) -> int:
+    """Until when a round is waited for: the time between two gates (moments) is divided evenly, one part is left over.
+
+    Rounds above LAST_ROUND are not waited for: their limit is that of LAST_ROUND.
+    """
+    return gate_1_s + (gate_2_s - gate_1_s) * (min(round_number, LAST_ROUND) + 1) // (LAST_ROUND + 2)
+
+
+def next_round(round_number: int, market_time_s: int, gate_1_s: int, gate_2_s: int) -> int:
+    """The round after that one. Rounds whose time is up already are left out: nobody could answer in them."""
+    following = round_number + 1
+    while following < LAST_ROUND and round_limit_s(following, gate_1_s, gate_2_s) <= market_time_s:
+        following += 1
+    return min(following, LAST_ROUND)
+
+
+def missing(round_number: int, heard: Mapping[str, Heard | None], received: Mapping[str, int]) -> tuple[str, ...]:
+    """The neighbours that have to be waited for before the orders of a round are served, by name.
+
+    `heard` has all neighbours, `received` how many of each one's orders are here. Who did not announce the round before
+    is not waited for: it fell behind and its time was up. Who is in a later round has had its orders of this one
+    answered, so they are here.
+    """
+    waiting = []
+    for neighbour, announced in sorted(heard.items()):
+        if announced is None:
+            if round_number == 0:
+                waiting.append(neighbour)
+        elif announced.round_number < round_number and not announced.last:
+            if announced.round_number == round_number - 1:
+                waiting.append(neighbour)
+        elif received.get(neighbour, 0) < announced.asked and announced.round_number <= round_number:
+            waiting.append(neighbour)
+    return tuple(waiting)
+
+
+def is_last(round_number: int, own_open_wh: int, under_way: int, heard: Mapping[str, Heard | None]) -> bool:
+    """True if a broker that announces this round has nothing more to announce after it.
+
+    `own_open_wh` is what it may still order for its own consumers, `under_way` how many orders it waits for or may
+    still pass on. In round 0 it cannot know what its neighbours want.
+    """
+    if round_number >= LAST_ROUND:
+        return True
+    if round_number == 0 and heard:
+        return False
+    return not own_open_wh and not under_way and all(one is None or not one.open_wh for one in heard.values())
