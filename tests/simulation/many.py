@@ -372,7 +372,8 @@ class ManyWorld(World):
             return super().run(until_s)
 
     def _at_rest(self) -> bool:
-        return all(process.service is not None and self._rests(process.service) for process in self.brokers.values())
+        services = [process.service for process in self.brokers.values() if process.service is not None]
+        return all(self._rests(service) for service in services) and self._wait_for_each_other(services)
 
     def _turn_for_all(self) -> None:
         for process in self.brokers.values():

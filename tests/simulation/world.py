@@ -10,7 +10,7 @@ that is disturbed, but healed before the gates, must end with the same books as 
 import contextlib
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -409,6 +409,11 @@ class World:
         services = [process.service for process in up if process.service is not None and self._rests(process.service)]
         if len(services) < len(up) or any(meter.outbox for meter in self.meters.values()):
             return False
+        return self._wait_for_each_other(services)
+
+    @staticmethod
+    def _wait_for_each_other(services: Sequence[BrokerService]) -> bool:
+        """What these wait for is held by some of them, so nothing of it is on its way."""
         held = {token for service in services for token in service._broker.holds}
         return all(service._broker.waits_for <= held for service in services)
 
