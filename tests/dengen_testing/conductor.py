@@ -150,14 +150,8 @@ class Schedule:
         )
 
     def _unmet(self, name: str) -> set[bytes]:
-        """What a participant waits for that nobody else holds: it is on its way, and will make it act."""
-        current = self._current()
-        report = current[name].report
-        held: set[bytes] = set()
-        for other, participant in current.items():
-            if other != name and participant.report is not None:
-                held.update(participant.report.holds or ())
-        return set((report.waits_for if report is not None else None) or ()) - held
+        reports = [participant.report for participant in self._current().values() if participant.report is not None]
+        return unmet(name, reports)
 
     def _said(self, name: str, participant: _Participant) -> str:
         report = participant.report
@@ -178,6 +172,18 @@ class Schedule:
     def _wakes(participants: dict[str, _Participant]) -> list[int]:
         wakes = [participant.next_wake_s for participant in participants.values()]
         return [wake_s for wake_s in wakes if wake_s is not None]
+
+
+def unmet(name: str, reports: Sequence[Report]) -> set[bytes]:
+    """What a participant waits for that nobody else holds: it is on its way, and will make it act."""
+    waits_for: set[bytes] = set()
+    held: set[bytes] = set()
+    for report in reports:
+        if report.participant == name:
+            waits_for.update(report.waits_for or ())
+        else:
+            held.update(report.holds or ())
+    return waits_for - held
 
 
 class Conductor:

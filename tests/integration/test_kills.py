@@ -35,13 +35,17 @@ TOPICS = Topics()
 
 @dataclass(frozen=True)
 class Kill:
-    """Kill `victim` at the `nth` message on a topic that ends in `leaf`, while `stopped` cannot answer."""
+    """Kill `victim` at the `nth` message on a topic that ends in `leaf`, while `stopped` cannot answer.
+
+    With `once_cleared`, what is seen first is that the victim has cleared: then it is stopped, and the others go on.
+    """
 
     victim: str
     stopped: tuple[str, ...]
     topic_part: str
     leaf: str
     nth: int
+    once_cleared: bool = False
 
 
 def planned(plan: MarketPlan, seed: int) -> dict[int, Kill]:
@@ -60,8 +64,8 @@ def planned(plan: MarketPlan, seed: int) -> dict[int, Kill]:
             # Meters wait for their receipts.
             kills.append(Kill("east", ("east",), "/east/meters/", "reading", chance.randint(1, 3)))
         elif kind == "west":
-            # The neighbour has been asked for wind and has not answered.
-            kills.append(Kill("west", ("west",), "/west/", "request", 1))
+            # The neighbour has been asked for wind and has not answered. It is asked only once it has cleared.
+            kills.append(Kill("west", ("east",), "/west/", "request", 1, once_cleared=True))
         elif kind == "ledger":
             kills.append(Kill("vault", ("vault",), "/ledger/", "submit", chance.randint(1, 2)))
         else:
@@ -79,9 +83,12 @@ class Killer:
         self._kills = dict(kills)
         self._market = market
         self._mosquitto = mosquitto
-        self._listener = Listener(mqtt, [f"{TOPICS.root}/#"], client_id="killer")
-        self._listener.connect()
+        self._mqtt = mqtt
+        self._listener = self._listen()
         self.done: list[Kill] = []
+
+    def _listen(self) -> Listener:
+        return Listener(self._mqtt, [f"{TOPICS.root}/#"], client_id="killer").connect()
 
     def close(self) -> None:
         self._listener.close()
@@ -96,30 +103,37 @@ class Killer:
                 self._signal(name, signal.SIGSTOP)
             return
         del self._kills[tick.time_s]
-        self._await_message(kill)
+        self._listener.messages.clear()
+        if kill.once_cleared:
+            self._await_message(f"/{kill.victim}/", "cleared", 1)
+            self._signal(kill.victim, signal.SIGSTOP)
+            for name in kill.stopped:
+                self._signal(name, signal.SIGCONT)
+        self._await_message(kill.topic_part, kill.leaf, kill.nth)
         if kill.victim == MOSQUITTO:
             self._mosquitto.kill()
             self._mosquitto.restart()
+            self._listener.close()
+            self._listener = self._listen()
         else:
             self._market.processes[kill.victim].kill()
         for name in kill.stopped:
             if name != kill.victim:
-                self._signal(name, signal.SIGCONT)
+                self._signal(name, signal.SIGCONT)  # Without effect on one that goes on already.
         if kill.victim != MOSQUITTO:
             self._market.processes[kill.victim].start()
         self.done.append(kill)
 
-    def _await_message(self, kill: Kill) -> None:
+    def _await_message(self, topic_part: str, leaf: str, nth: int) -> None:
         seen = 0
 
         def wanted(message: Any) -> bool:
             nonlocal seen
-            if kill.topic_part in message.topic and message.topic.endswith("/" + kill.leaf) and not message.retained:
+            if topic_part in message.topic and message.topic.endswith("/" + leaf) and not message.retained:
                 seen += 1
-            return seen == kill.nth
+            return seen == nth
 
-        self._listener.messages.clear()
-        self._listener.wait_for(wanted, f"{kill}", limit_s=30)
+        self._listener.wait_for(wanted, f"{leaf} number {nth} on …{topic_part}", limit_s=30)
 
     def _signal(self, name: str, number: signal.Signals) -> None:
         pid = self._market.processes[name].pid

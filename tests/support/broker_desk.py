@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from dengen_testing.conductor import unmet
 from dengen_testing.listener import Listener
 from dengen_testing.market import (
     ConsumerPlan,
@@ -114,7 +115,7 @@ class BrokerDesk:
         return "\n".join([*map(repr, reports[-6:]), *logs])
 
     def _settle(self, time_s: int, since: int, limit_s: float) -> None:
-        """Wait until both brokers report that they are idle at that time, at one ledger height."""
+        """Wait until both brokers report that they are idle at that time, at one ledger height, and owe each other nothing."""
         latest: dict[str, Report] = {}
 
         def at_rest(message: Incoming) -> bool:
@@ -126,6 +127,7 @@ class BrokerDesk:
                 len(reports) == len(PLAN.brokers)
                 and all(report.idle and report.time_s == time_s for report in reports)
                 and len({report.height for report in reports}) == 1
+                and not any(unmet(report.participant, reports) for report in reports)
             )
 
         self.listener.wait_for(at_rest, "both brokers at rest", limit_s=limit_s, since=since)
