@@ -4,18 +4,21 @@ Between gate 1 and gate 2 neighbouring brokers go forward in step, so that what 
 announced and never on what arrived first:
 
 - Round 0: a broker announces that it has cleared its own stock, and coarsely what is left.
-- Round r > 0: once it has heard round r - 1 from all its neighbours, has served the orders that they announced in it,
-  and knows what came of its own, it sends its next orders and announces round r with their number.
-- A supplier serves the orders of round r when all its neighbours have announced that round and what they announced is
+- Odd rounds are for own consumers: once a broker has heard the round before from all its neighbours, has served the
+  orders that they announced in it, and knows what came of its own, it sends its next orders and announces the round
+  with their number.
+- Even rounds are for passing on. What neighbours ordered in the round before and was not here is ordered from others.
+  For its own consumers a broker orders nothing, so it need not know yet what comes of its orders that others pass on.
+- A supplier serves the orders of a round when all its neighbours have announced that round and what they announced is
   here. So all orders of a round stand at the same counter, whoever was faster.
 
-If all brokers have announced round r, all of them can serve it, so all orders of it are answered and all brokers can
-announce round r + 1: nobody waits in a circle. An order that the supplier passes on holds its requester up one round
-longer: the supplier's own order for it belongs to the next round and is answered in that.
+If all brokers have announced a round, all of them can serve it. Orders of an odd round are then answered, or passed on;
+those of an even round are all answered, since three brokers are the longest path, and with them the ones that they pass
+on. So all brokers can announce the next round: nobody waits in a circle.
 
 A broker announces its `last` round when it wants nothing more, holds nothing that it might pass on, and has heard that
-its neighbours want nothing more for their own consumers. Further orders could come to it only from them: an order
-passed on to it has come over two brokers, and three are the most.
+its neighbours want nothing more for their own consumers. What it might pass on could come only from them. It still
+serves what is ordered of it.
 
 Whoever does not keep up is waited for until the limit of the round, a moment of market time between the gates, and not
 in the following rounds of the interval.
@@ -25,10 +28,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-LAST_ROUND: Final = 8
+LAST_ROUND: Final = 10
 """Rounds of orders between the gates at most. Each asks whom the one before showed to have something."""
 
-GROUPS_FROM_ROUND: Final = 3
+GROUPS_FROM_ROUND: Final = 5
 """Before, only what lines of a single source lack is ordered, and passed on: everybody's groups come after those."""
 
 
@@ -44,6 +47,11 @@ class Heard:
     last: bool
     asked: int
     open_wh: int
+
+
+def is_for_passing_on(round_number: int) -> bool:
+    """True for the rounds in which neighbours' orders are passed on, false for those of own orders and round 0."""
+    return round_number > 0 and round_number % 2 == 0
 
 
 def round_limit_s(round_number: int, gate_1_s: int, gate_2_s: int) -> int:

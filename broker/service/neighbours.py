@@ -15,14 +15,24 @@ from typing import Final
 from broker.ledger.operations import Transfer
 from broker.market.clearing import Clearing
 from broker.market.lots import Lot
-from broker.market.rounds import GROUPS_FROM_ROUND, LAST_ROUND, Heard, is_last, missing, next_round, round_limit_s
+from broker.market.mix import apportion
+from broker.market.rounds import (
+    GROUPS_FROM_ROUND,
+    LAST_ROUND,
+    Heard,
+    is_for_passing_on,
+    is_last,
+    missing,
+    next_round,
+    round_limit_s,
+)
 from broker.market.sourcing import NeighbourOffer, PlannedOrder, RequesterState, plan_orders
 from broker.market.statements import Flow
 from broker.market.stock import HeldSlice, Stock
 from broker.market.tariff import Tariff
 from broker.protocol import cbor, messages
 from broker.protocol.envelope import parse
-from broker.protocol.limits import MAX_INTEGER, MAX_PATH_BROKERS
+from broker.protocol.limits import MAX_INTEGER
 from broker.protocol.market_time import Interval, MarketCalendar
 from broker.protocol.messages import (
     WAIT_TOKEN_BYTES,
@@ -293,7 +303,7 @@ class Neighbours:
     def go_on(
         self, interval: Interval, clearing: Clearing, rehearse: Rehearsal, market_time_s: int, now_s: float
     ) -> None:
-        """Send the next round's orders: what own consumers lack, and what neighbours' orders still want. Announce it.
+        """Send the next round's orders, for what own consumers lack or for neighbours' orders, and announce it.
 
         `clearing` is of now. Where nobody is left to ask for the lines, what gate 2 would use is ordered.
         """
@@ -301,6 +311,19 @@ class Neighbours:
         assert own is not None
         gates = self._calendar.gate_1_of(interval), self._calendar.gate_2_of(interval)
         round_number = next_round(own.round_number, market_time_s, *gates)
+        if is_for_passing_on(round_number):
+            self._pass_on(interval, round_number, now_s)
+            open_wh = own.open_wh
+        else:
+            for row in self._not_passed_on(interval):
+                self._in.nobody_left(row)  # The round for it is over; its time was up.
+            open_wh = self._order(interval, clearing, rehearse, round_number, now_s)
+        self._announce(interval, clearing, round_number, open_wh)
+
+    def _order(
+        self, interval: Interval, clearing: Clearing, rehearse: Rehearsal, round_number: int, now_s: float
+    ) -> int:
+        """Order what own consumers lack. Returns the Wh that may still be ordered, or come, for them."""
         with_groups = round_number >= GROUPS_FROM_ROUND
         board = self._board(interval.start_s, round_number)
         own_rows = [row for row in self._out.open_rows() if row.start_s == interval.start_s and row.parent is None]
@@ -312,10 +335,7 @@ class Neighbours:
         open_wh = sum([plan.energy_wh for plan in planned]) + sum([row.energy_wh for row in own_rows])
         if not with_groups:
             open_wh += sum(clearing.shortages.values()) + sum(clearing.group_shortage_wh.values())
-        for row in self._in.passed_on():
-            if row.start_s == interval.start_s and not self._store.orders_out_for(row.requester, row.order_id):
-                self._pass_on(row, interval, round_number, board, now_s)
-        self._announce(interval, clearing, round_number, open_wh)
+        return open_wh
 
     def is_through(self, interval: Interval) -> bool:
         """True if this broker takes part in no further round of an interval and waits for nothing for its consumers."""
@@ -341,13 +361,49 @@ class Neighbours:
     # Planning
 
     def _board(self, start_s: int, round_number: int) -> "_Board":
+        through = self._offers_through(start_s) if round_number > 1 else []
+        exhausted = self._exhausted(start_s)
+        # Who gave something of its own and could ask others may find more.
+        may_find = {(offer.neighbour, offer.source) for offer in through if offer.energy_wh}
+        for row in self._store.orders_out(start_s):
+            if row.seen_wh:
+                exhausted -= may_find & {(row.neighbour, Source(row.source))}
+        return _Board(self._offers(start_s), through, exhausted)
+
+    def _offers_through(self, start_s: int) -> list[NeighbourOffer]:
+        """What neighbours say that they could pass on, less what came from others.
+
+        It is said from round 1 on; who says it in the round in which it is first used may have been heard or not.
+        """
+        own_wh = {(offer.neighbour, offer.source): offer.energy_wh for offer in self._announced(start_s)}
+        seen_wh: dict[tuple[str, Source], int] = {}
+        for row in self._store.orders_out(start_s):
+            key = (row.neighbour, Source(row.source))
+            seen_wh[key] = seen_wh.get(key, 0) + row.seen_wh
         through = []
         for neighbour, payload in self._store.heard(start_s, MessageType.CLEARED).items():
-            # All have said it in round 1; who says it in this very round may have been heard or not.
-            if neighbour in self._policies and round_number > 1:
+            if neighbour in self._policies:
                 for offer in Cleared.from_payload(payload).through or ():
-                    through.append(NeighbourOffer(neighbour, offer.source, offer.energy_wh, offer.price))
-        return _Board(self._offers(start_s), through, self._exhausted(start_s))
+                    key = (neighbour, offer.source)
+                    from_others_wh = max(0, seen_wh.get(key, 0) - own_wh.get(key, 0))
+                    left_wh = max(0, offer.energy_wh - from_others_wh)
+                    through.append(NeighbourOffer(neighbour, offer.source, left_wh, offer.price))
+        return through
+
+    def _boards_for(self, start_s: int, round_number: int, parents: Sequence[OrderInRow]) -> list["_Board"]:
+        """For each order that is passed on, what may be asked for it: of each offer a share, since all may want it."""
+        offers = self._offers(start_s, round_number - 1)
+        exhausted = self._exhausted(start_s, round_number - 1)
+        shared: list[dict[tuple[str, Source], NeighbourOffer]] = [{} for _ in parents]
+        for (neighbour, source), offer in offers.items():
+            wants_wh = [
+                row.energy_wh - row.granted_wh if row.source == source and row.requester != neighbour else 0
+                for row in parents
+            ]
+            parts_wh = apportion(min(offer.energy_wh, sum(wants_wh)), wants_wh)
+            for board, part_wh in zip(shared, parts_wh, strict=True):
+                board[neighbour, source] = replace(offer, energy_wh=part_wh)
+        return [_Board(board, [], exhausted) for board in shared]
 
     def _announced(self, start_s: int) -> list[NeighbourOffer]:
         """What neighbours announced of an interval."""
@@ -358,20 +414,33 @@ class Neighbours:
             for offer in messages.Stock.from_payload(payload).offers
         ]
 
-    def _offers(self, start_s: int) -> dict[tuple[str, Source], NeighbourOffer]:
-        """What neighbours announced for the interval, less what they gave; nothing of what they ran out of."""
+    def _offers(self, start_s: int, known_before: int = LAST_ROUND + 1) -> dict[tuple[str, Source], NeighbourOffer]:
+        """What neighbours announced for the interval, less what they gave; nothing of what they ran out of.
+
+        What has come of orders of the round `known_before` may be known or not: of those, less what was asked for.
+        """
         offers = {(offer.neighbour, offer.source): offer for offer in self._announced(start_s)}
         for row in self._store.orders_out(start_s):
             key = (row.neighbour, Source(row.source))
             if key in offers and key not in self._renewed:
-                ran_out = not RequesterState[row.state.upper()].is_open and row.seen_wh < row.energy_wh
-                left_wh = 0 if ran_out else max(0, offers[key].energy_wh - row.seen_wh)
+                if _is_of(row, known_before):
+                    left_wh = max(0, offers[key].energy_wh - row.energy_wh)
+                else:
+                    left_wh = 0 if _came_short(row) else max(0, offers[key].energy_wh - row.seen_wh)
                 offers[key] = replace(offers[key], energy_wh=left_wh)
         return offers
 
-    def _exhausted(self, start_s: int) -> set[tuple[str, Source]]:
-        """The (neighbour, source) from whom nothing came when asked. Who gave something may have, or find, more."""
-        return {(row.neighbour, Source(row.source)) for row in self._store.orders_out(start_s) if not row.seen_wh}
+    def _exhausted(self, start_s: int, known_before: int = LAST_ROUND + 1) -> set[tuple[str, Source]]:
+        """The (neighbour, source) that gave less than was asked for, or of the round `known_before` were asked for all
+        that they announced.
+        """
+        announced_wh = {(offer.neighbour, offer.source): offer.energy_wh for offer in self._announced(start_s)}
+        exhausted = set()
+        for row in self._store.orders_out(start_s):
+            key = (row.neighbour, Source(row.source))
+            if row.energy_wh >= announced_wh.get(key, 0) if _is_of(row, known_before) else _came_short(row):
+                exhausted.add(key)
+        return exhausted
 
     def _candidates(self, start_s: int, path: Sequence[str] = ()) -> list[str]:
         """The neighbours that may be asked. One on trial gets one order in an interval."""
@@ -442,23 +511,32 @@ class Neighbours:
         prices = dict.fromkeys(Source, self._highest_price)
         return board.plan(wanted, {}, candidates, prices, self._trust_ppm(interval.start_s))
 
-    def _pass_on(self, row: OrderInRow, interval: Interval, round_number: int, board: "_Board", now_s: float) -> None:
-        """Ask others for what a neighbour's order wants and is not here; an order of our own, within its price."""
-        order = Order.from_payload(parse(row.raw).payload)
-        source = Source(row.source)
-        prices = {source: row.highest_price - self._tariff.neighbour_margin}
-        planned = board.plan(
-            {source: row.energy_wh - row.granted_wh},
-            {},
-            self._candidates(interval.start_s, order.path),
-            prices if prices[source] >= 0 else {},
-            self._trust_ppm(interval.start_s),
-            further=len(order.path) + 1 < MAX_PATH_BROKERS,
-        )
-        for plan in planned:
-            self._out.send(*_named(plan), interval, round_number, now_s, Parent.of(row, order))
-        if not planned:
-            self._in.nobody_left(row)
+    def _not_passed_on(self, interval: Interval) -> list[OrderInRow]:
+        """The orders of an interval for which others are to be asked, and have not been."""
+        return [
+            row
+            for row in self._in.passed_on()
+            if row.start_s == interval.start_s and not self._store.orders_out_for(row.requester, row.order_id)
+        ]
+
+    def _pass_on(self, interval: Interval, round_number: int, now_s: float) -> None:
+        """Ask others for what neighbours' orders want and is not here: orders of our own, within their prices."""
+        parents = self._not_passed_on(interval)
+        for row, board in zip(parents, self._boards_for(interval.start_s, round_number, parents), strict=True):
+            order = Order.from_payload(parse(row.raw).payload)
+            source = Source(row.source)
+            price = row.highest_price - self._tariff.neighbour_margin
+            planned = board.plan(
+                {source: row.energy_wh - row.granted_wh},
+                {},
+                self._candidates(interval.start_s, order.path),
+                {source: price} if price >= 0 else {},
+                self._trust_ppm(interval.start_s),
+            )
+            for plan in planned:
+                self._out.send(*_named(plan), interval, round_number, now_s, Parent.of(row, order))
+            if not planned:
+                self._in.nobody_left(row)
 
     # Orders out
 
@@ -531,6 +609,7 @@ class Neighbours:
         for row in self._store.orders_out(start_s):
             if RequesterState[row.state.upper()].is_open:
                 self._settled(self._out.ended(row, "unanswered at gate 2"))
+        self._out.note(start_s)
 
     def voided(self, order_ids: Sequence[bytes]) -> None:
         """The ledger shows our voids of these orders."""
@@ -588,11 +667,10 @@ class Neighbours:
         return True
 
     def _can_pass_on(self, row: OrderInRow, own: Heard) -> bool:
+        """True if the next round is for it. If anybody has what it wants is decided there, when all know enough."""
         if not self._passes_on or own.last or own.round_number >= LAST_ROUND or not can_be_passed_on(row):
             return False
-        path = Order.from_payload(parse(row.raw).payload).path
-        exhausted = self._exhausted(row.start_s)
-        return any((name, Source(row.source)) not in exhausted for name in self._candidates(row.start_s, path))
+        return bool(self._candidates(row.start_s, Order.from_payload(parse(row.raw).payload).path))
 
     def supply_finished(self, batch: BatchRow, transfers: Sequence[Transfer], refusal: str | None) -> None:
         """The ledger's word on a batch of transfers to a neighbour; `refusal` is None if it is committed."""
@@ -612,7 +690,7 @@ class Neighbours:
 
 
 class _Board:
-    """What one round's plans draw from: offers that shrink as they are asked for, and who has nothing."""
+    """What a plan draws from: what neighbours offer, have through others, and who has nothing."""
 
     def __init__(
         self,
@@ -631,21 +709,10 @@ class _Board:
         candidates: Sequence[str],
         prices: Mapping[Source, int],
         trust_ppm: Mapping[str, int],
-        *,
-        further: bool = True,
     ) -> tuple[PlannedOrder, ...]:
-        """Whom to ask, as `plan_orders` says; what is asked of an offer is gone from it.
-
-        `further`: the order may be passed on by who gets it.
-        """
-        offers, through = tuple(self.offers.values()), self.through if further else ()
-        planned = plan_orders(shortages, groups, candidates, offers, prices, self.exhausted, trust_ppm, through)
-        for plan in planned:
-            key = (plan.neighbour, plan.source)
-            if key in self.offers:
-                left_wh = max(0, self.offers[key].energy_wh - plan.energy_wh)
-                self.offers[key] = replace(self.offers[key], energy_wh=left_wh)
-        return planned
+        """Whom to ask, as `plan_orders` says."""
+        offers = tuple(self.offers.values())
+        return plan_orders(shortages, groups, candidates, offers, prices, self.exhausted, trust_ppm, self.through)
 
 
 def _stock_message(broker: str, interval: Interval, offers: Mapping[Source, tuple[int, int]]) -> messages.Stock:
@@ -666,6 +733,14 @@ def _stock_message(broker: str, interval: Interval, offers: Mapping[Source, tupl
 
 def _named(plan: PlannedOrder) -> tuple[str, Source, int, int]:
     return plan.neighbour, plan.source, plan.energy_wh, plan.highest_price
+
+
+def _is_of(row: OrderOutRow, round_number: int) -> bool:
+    return row.round_number is not None and row.round_number >= round_number
+
+
+def _came_short(row: OrderOutRow) -> bool:
+    return not RequesterState[row.state.upper()].is_open and row.seen_wh < row.energy_wh
 
 
 def _subtract(source: Source, energy_wh: int, shortages: dict[Source, int], groups: dict[SourceGroup, int]) -> None:

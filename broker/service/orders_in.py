@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from broker.ledger.operations import AssetId, Transfer, encode_operation
+from broker.market.rounds import is_for_passing_on
 from broker.market.sourcing import (
     Grant,
     OpenOrder,
@@ -350,8 +351,9 @@ class OrdersIn:
 
 
 def can_be_passed_on(row: OrderInRow) -> bool:
-    """True if the path of an order leaves room for one more broker. One outside the rounds is not passed on."""
-    return row.round_number is not None and row.path_length < MAX_PATH_BROKERS
+    """True if the path of an order leaves room for one more broker, and the next round is for passing it on."""
+    has_round = row.round_number is not None and is_for_passing_on(row.round_number + 1)
+    return has_round and row.path_length < MAX_PATH_BROKERS
 
 
 def transfer_row(flow: Flow, transfer: Transfer, source: Source, order_id: bytes) -> TransferRow:

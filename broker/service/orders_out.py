@@ -1,8 +1,8 @@
 """Orders of this broker to its neighbours: the first change request, what is answered, and what the ledger shows.
 
 An order is for own consumers, or it passes on a neighbour's order (then it has a parent). Every transition goes through
-the table of `broker.market.sourcing` and is stored with what it causes. An order that has ended is entered into the
-neighbour's record (`broker.market.partners`), once.
+the table of `broker.market.sourcing` and is stored with what it causes. What came of an interval's orders is entered
+into the neighbours' records (`broker.market.partners`) when the interval is closed.
 """
 
 from collections.abc import Callable, Sequence
@@ -205,7 +205,6 @@ class OrdersOut:
         if not before.is_open or state.is_open:
             return None
         self._open.pop(row.order_id, None)
-        self._note(row, state)
         return row
 
     # Time-outs
@@ -244,14 +243,25 @@ class OrdersOut:
         """What is remembered of a neighbour, as of an interval."""
         return self._records.get(neighbour, PartnerRecord()).faded(start_s, self._calendar.interval_s)
 
-    def _note(self, row: OrderOutRow, state: RequesterState) -> None:
-        record = self.record(row.neighbour, row.start_s)
-        if state is RequesterState.VOID:
-            record = record.after_timeout(row.energy_wh, row.start_s, self._calendar.interval_s)
-        else:
-            record = record.after_answer(row.energy_wh, row.seen_wh)
-        self._records[row.neighbour] = record
-        self._store.set_partner_record(row.neighbour, record.to_bytes())
+    def note(self, start_s: int) -> None:
+        """All orders of an interval have ended: enter them into the neighbours' records, once.
+
+        Not one by one, or what is planned in a round would depend on which answers came before it.
+        """
+        rows = self._store.orders_out(start_s)
+        for neighbour in sorted({row.neighbour for row in rows}):
+            if self._records.get(neighbour, PartnerRecord()).faded_s < start_s:
+                record = self.record(neighbour, start_s)
+                for row in rows:
+                    if row.neighbour == neighbour:
+                        record = self._after(record, row)
+                self._records[neighbour] = record
+                self._store.set_partner_record(neighbour, record.to_bytes())
+
+    def _after(self, record: PartnerRecord, row: OrderOutRow) -> PartnerRecord:
+        if row.state == name_of(RequesterState.VOID):
+            return record.after_timeout(row.energy_wh, row.start_s, self._calendar.interval_s)
+        return record.after_answer(row.energy_wh, row.seen_wh)
 
 
 def name_of(state: RequesterState) -> str:
