@@ -40,13 +40,14 @@ class Heard:
     """The newest announcement of a neighbour about one interval.
 
     `asked` is how many orders it has sent to this broker up to that round, `open_wh` what it may still order for its
-    own consumers.
+    own consumers, and `open_before_wh` what that was in its round before.
     """
 
     round_number: int
     last: bool
     asked: int
     open_wh: int
+    open_before_wh: int
 
 
 def is_for_passing_on(round_number: int) -> bool:
@@ -100,4 +101,11 @@ def is_last(round_number: int, own_open_wh: int, under_way: int, heard: Mapping[
         return True
     if round_number == 0 and heard:
         return False
-    return not own_open_wh and not under_way and all(one is None or not one.open_wh for one in heard.values())
+    if own_open_wh or under_way:
+        return False
+    # What was said in the round before: this one's word may have come already, or not.
+    return not any(
+        one.open_wh if one.round_number < round_number else one.open_before_wh
+        for one in heard.values()
+        if one is not None
+    )

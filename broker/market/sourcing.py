@@ -280,7 +280,8 @@ def plan_orders(
     the cheapest of `offers` first, then the next, as far as each goes; of two at one price to the one from which more
     can be expected: what it announced times `trust_ppm`, the part of earlier orders that it gave (all, if not known).
     Then come the offers `through` neighbours, of what they could pass on from others, in the same way. What nothing of
-    that covers goes to who is trusted most: announcements are coarse, and none at all is no refusal. A group takes
+    that covers goes to one who announced the source, and of those to who is trusted most: announcements are coarse, and
+    none at all is no refusal. A group takes
     whichever source is announced cheapest; without any announcement one source is asked for, and the next one in the
     next round. Offers above `highest_price` (µ-currency per kWh by source; a source that it lacks is not asked for) are
     left alone.
@@ -291,6 +292,8 @@ def plan_orders(
         for tier in (offers, through)
     ]
     direct = tiers[0]
+    # Also what is used up was announced coarsely.
+    heard_of = {candidate for tier in tiers for candidate in tier}
     planned_wh: dict[tuple[str, Source], int] = {}
     wanted: list[tuple[tuple[Source, ...], int]] = [((source,), shortages[source]) for source in sorted(shortages)]
     wanted.extend([(group.sources, group_shortage_wh[group]) for group in sorted(group_shortage_wh)])
@@ -318,12 +321,18 @@ def plan_orders(
                     short_wh -= part_wh
                     covered_wh[neighbour, source] = covered_wh.get((neighbour, source), 0) + part_wh
         silent = [
-            (-trust[neighbour], -covered_wh.get((neighbour, source), 0), source, neighbour)
+            (
+                (neighbour, source) not in heard_of,
+                -trust[neighbour],
+                -covered_wh.get((neighbour, source), 0),
+                source,
+                neighbour,
+            )
             for neighbour, source in candidates
             if (neighbour, source) not in direct or direct[neighbour, source].price <= highest_price[source]
         ]
         if short_wh and silent:
-            _, _, source, neighbour = min(silent)
+            *_, source, neighbour = min(silent)
             covered_wh[neighbour, source] = covered_wh.get((neighbour, source), 0) + short_wh
         for candidate, part_wh in covered_wh.items():
             planned_wh[candidate] = planned_wh.get(candidate, 0) + part_wh

@@ -452,8 +452,9 @@ class Cleared(Message):
     Round 0 says that it has cleared; in each round after that orders are sent. A supplier that has a round from all its
     neighbours knows which orders it still has to wait for. `through` is what its own neighbours announced, at the price
     at which it would pass that on, from round 1 on. `asked` counts the orders of this interval up to this round,
-    `open_wh` is what it may still order for its own consumers, and with `last` it has nothing more to announce. A
-    broker that leaves out `round_number` takes no part in rounds: it is heard once, as if in its last.
+    `open_wh` is what it may still order for its own consumers, `open_before_wh` what that was in the round before, and
+    with `last` it has nothing more to announce. A broker that leaves out `round_number` takes no part in rounds: it is
+    heard once, as if in its last.
     """
 
     broker: str
@@ -465,6 +466,7 @@ class Cleared(Message):
     open_wh: int | None = None
     last: bool | None = None
     through: tuple[SourceOffer, ...] | None = None
+    open_before_wh: int | None = None
 
     TYPE: ClassVar[MessageType] = MessageType.CLEARED
     FIELDS: ClassVar[tuple[Field, ...]] = (
@@ -477,6 +479,7 @@ class Cleared(Message):
         Field(6, "open_wh", Unsigned(), optional=True),
         Field(7, "last", Boolean(), optional=True),
         Field(8, "through", Many(Row((Choice(Source), Unsigned(), Unsigned()), SourceOffer), 16), optional=True),
+        Field(9, "open_before_wh", Unsigned(), optional=True),
     )
 
 

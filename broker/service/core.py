@@ -622,9 +622,10 @@ class Broker:
         if self._cycle.state is IntervalState.OPEN:
             if not self._due():
                 return self._neighbours.serve(interval, cleared=False, market_time_s=self.market_time_s)
-            clearing = self._cycle.clear()
+            # Neighbours' lines of single sources come before own lines of groups, which others can fill too.
+            clearing = self._cycle.clear(with_groups=not self._signers)
             self._refill = False
-            self._neighbours.begin(interval, clearing)
+            self._neighbours.begin(interval, clearing, self._cycle)
             return True
         if self._neighbours.serve(interval, cleared=True, market_time_s=self.market_time_s):
             return True
@@ -634,7 +635,7 @@ class Broker:
             return False  # A close must not overtake what belongs to intervals before: it would be too late for it.
         self._refill = False
         self._cycle.close(self._neighbours.give_up(interval.start_s))
-        self._neighbours.forget(interval.start_s)
+        self._neighbours.finish(interval)
         return True
 
     def _between_the_gates(self, interval: Interval, now_s: float) -> bool:
@@ -644,11 +645,11 @@ class Broker:
             return True
         if self._neighbours.may_go_on(interval, self.market_time_s):
             self._refill = False
-            self._neighbours.go_on(interval, self._cycle.fill_again(), self._cycle.rehearse, self.market_time_s, now_s)
+            self._neighbours.go_on(interval, self._cycle, self.market_time_s, now_s)
             return True
         if self._refill and self._neighbours.is_through(interval):
             self._refill = False
-            self._neighbours.ask_late(interval, self._cycle.fill_again(), now_s)
+            self._neighbours.ask_late(interval, self._cycle.fill(with_groups=True), now_s)
             if self._offer_again:
                 self._offer_again = False
                 self._neighbours.offer_again(interval)

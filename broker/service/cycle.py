@@ -26,7 +26,7 @@ from broker.ledger.operations import (
     Window,
     encode_operation,
 )
-from broker.market.clearing import Clearing, OpenDemand, Taken, fill_lines, settle
+from broker.market.clearing import GROUPS, Clearing, OpenDemand, Taken, fill_lines, settle
 from broker.market.contracts import History, history_start
 from broker.market.lots import Lot
 from broker.market.matching import are_plain, clear_lots
@@ -36,7 +36,7 @@ from broker.market.tariff import Tariff
 from broker.market.windows import Span, window_span
 from broker.protocol.market_time import Interval, MarketCalendar
 from broker.protocol.messages import NO_LINE, Carrier, DeliveredLine, Delivery, DeliveryState, MessageType
-from broker.protocol.sources import Source
+from broker.protocol.sources import Source, SourceGroup
 from broker.protocol.topics import Topics
 from broker.service.batches import FULL_BATCH_OPERATIONS, BatchDesk, in_batches
 from broker.service.outputs import Identity, Outputs
@@ -92,15 +92,22 @@ class ShortDemand:
                 unfilled[item.line] -= item.energy_wh
         return [(line, energy_wh) for line, energy_wh in enumerate(unfilled) if energy_wh > 0]
 
-    def open(self, account: Account) -> OpenDemand:
-        """What the market's functions see of it."""
+    def open(self, account: Account, *, with_groups: bool = True) -> OpenDemand:
+        """What the market's functions see of it; without groups, a demand for the quotas of its other lines."""
+        energy_wh, quotas_wh, taken = self.row.energy_wh, self.quotas, self.taken
+        if not with_groups:
+            lines = self.version.contract.lines
+            single = [not isinstance(line.target, SourceGroup) for line in lines]
+            quotas_wh = tuple([wh if own else 0 for wh, own in zip(quotas_wh, single, strict=True)])
+            energy_wh = sum(quotas_wh)
+            taken = [item for item in taken if item.line != NO_LINE and single[item.line]]
         return OpenDemand(
             self.row.meter,
-            self.row.energy_wh,
+            energy_wh,
             self.version.contract,
-            self.quotas,
+            quotas_wh,
             account.history,
-            tuple(self.taken),
+            tuple(taken),
             self.row.start_s,
             self.span,
         )
@@ -327,8 +334,8 @@ class Cycle:
 
     # Decisions
 
-    def clear(self) -> Clearing:
-        """Gate 1: fill the lines of all demands from own stock. Returns what is short."""
+    def clear(self, *, with_groups: bool) -> Clearing:
+        """Gate 1: fill the lines of all demands from own stock, or those of single sources. Returns what they lack."""
         assert self.current is not None
         start_s = self.current.start_s
         demands = [
@@ -336,7 +343,7 @@ class Cycle:
             for row in self._store.messages(start_s, MessageType.DEMAND)
             if row.energy_wh > 0 and row.refusal is None
         ]
-        clearing = self._decide([*demands, *self._open.values()])
+        clearing = self._decide([*demands, *self._open.values()], with_groups=with_groups)
         for demand in demands:
             if demand.is_short:
                 self._short[demand.key] = demand
@@ -346,11 +353,31 @@ class Cycle:
         self._store.set_interval(start_s, IntervalState.CLEARED, revision)
         return clearing
 
-    def fill_again(self) -> Clearing:
-        """Between the gates, after energy has come in: fill what is still short."""
-        clearing = self._decide([*self._short.values(), *self._open.values()])
+    def fill(self, *, with_groups: bool) -> Clearing:
+        """Between the gates: fill what is still short of the lines, or of those of single sources."""
+        clearing = self._decide([*self._short.values(), *self._open.values()], with_groups=with_groups)
         self._forget_filled()
         return clearing
+
+    def groups_lack_wh(self) -> int:
+        """How much of what lines of groups want stock does not have, prices, providers and windows left aside."""
+        assert self.current is not None
+        left = self._stock.available(self.current)
+        wanted = dict.fromkeys(GROUPS, 0)
+        for demand in (*self._short.values(), *self._open.values()):
+            for line, energy_wh in demand.pledged:
+                target = demand.version.contract.lines[line].target
+                if isinstance(target, SourceGroup):
+                    wanted[target] += energy_wh
+        lacking_wh = 0
+        unused_wh = sum(left.values())
+        for group, wanted_wh in wanted.items():
+            # In the order of GROUPS: `any`, which contains the others, comes last.
+            here_wh = unused_wh if group is SourceGroup.ANY else sum([left.get(source, 0) for source in group.sources])
+            filled_wh = min(wanted_wh, here_wh)
+            unused_wh -= filled_wh
+            lacking_wh += wanted_wh - filled_wh
+        return lacking_wh
 
     def rehearse(self, offered: Mapping[Lot, int]) -> dict[Source, int]:
         """How much more of each source gate 2 would use if it had these lots of neighbours too. Changes nothing."""
@@ -427,7 +454,9 @@ class Cycle:
         self._store.set_interval(interval.start_s, IntervalState.CLOSED, revision + 1)
         self._desk.submit(BatchKind.CLOSE, interval.start_s, self._not_after(), operations)
 
-    def _decide(self, demands: list[ShortDemand], settle_until_s: int | None = None) -> Clearing:
+    def _decide(
+        self, demands: list[ShortDemand], settle_until_s: int | None = None, *, with_groups: bool = True
+    ) -> Clearing:
         """Fill the lines of these demands, settle those whose window ends by `settle_until_s`, and carry it out."""
         accounts: dict[AccountKey, Account] = {}
         opened = []
@@ -436,7 +465,7 @@ class Cycle:
             accounts.setdefault((demand.row.meter, account.period_start_s, account.version), account)
             if not demand.quotas:
                 demand.quotas = self._divide(demand, account)
-            opened.append(demand.open(account))
+            opened.append(demand.open(account, with_groups=with_groups))
         clearing = self._clear(opened, settle_until_s)
         # By pseudonym, so that the order in a batch says nothing about who is who. Slices are cut in the same order:
         # each asset is then used up from its first Wh on, and the ledger never sees it held in many pieces. A batch

@@ -10,7 +10,7 @@ in the store, so a broker that was killed goes on in the round in which it was.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
-from typing import Final
+from typing import Final, Protocol
 
 from broker.ledger.operations import Transfer
 from broker.market.clearing import Clearing
@@ -58,8 +58,18 @@ COARSE_WH: Final = 100
 KEEP_HEARD_S: Final = 14 * 86_400
 """Whom to ask needs what was said last; what a new contract can expect, what was left over in the last weeks."""
 
-Rehearsal = Callable[[Mapping[Lot, int]], Mapping[Source, int]]
-"""Given what neighbours offer, how much more of each source gate 2 would use if it had that."""
+
+class OwnConsumers(Protocol):
+    """What is asked about own consumers' demands of the interval in work (`broker.service.cycle`)."""
+
+    def fill(self, *, with_groups: bool) -> Clearing:
+        """Give them what is in stock for their lines, or for those of single sources. Returns what these lack."""
+
+    def groups_lack_wh(self) -> int:
+        """How much of what lines of groups want own stock does not have."""
+
+    def rehearse(self, offered: Mapping[Lot, int]) -> Mapping[Source, int]:
+        """Given what neighbours offer, how much more of each source gate 2 would use if it had that."""
 
 
 class Neighbours:
@@ -175,15 +185,15 @@ class Neighbours:
     def _missing(self, start_s: int, round_number: int) -> tuple[str, ...]:
         return missing(round_number, self._heard(start_s), self._in.counts(start_s))
 
-    def begin(self, interval: Interval, clearing: Clearing) -> None:
-        """Own stock is cleared: announce round 0 and what is left."""
-        self._note_left_over(interval)
+    def begin(self, interval: Interval, clearing: Clearing, consumers: OwnConsumers) -> None:
+        """Own lines of single sources are filled: announce round 0 and what is left."""
         if self._names:
             self._announce_stock(interval, with_bought=False)
-            open_wh = sum(clearing.shortages.values()) + sum(clearing.group_shortage_wh.values())
-            self._announce(interval, clearing, 0, open_wh)
+            self._announce(interval, clearing, 0, sum(clearing.shortages.values()) + consumers.groups_lack_wh())
 
-    def _announce(self, interval: Interval, clearing: Clearing, round_number: int, open_wh: int) -> None:
+    def _announce(self, interval: Interval, clearing: Clearing, round_number: int, open_wh: int) -> bool:
+        """Say how far this broker is. Returns if it is the last time for this interval."""
+        before = self._own_round(interval.start_s)
         counts: dict[str, int] = {}
         for row in self._store.orders_out(interval.start_s):
             if row.round_number is not None:
@@ -201,10 +211,12 @@ class Neighbours:
             open_wh,
             last,
             self._through(interval.start_s) if round_number else None,
+            before.open_wh if before is not None else None,
         )
         self._store.set_heard(interval.start_s, MessageType.CLEARED, self._identity.name, cleared.to_payload())
         self._own = None
         self._publish_retained(self._topics.cleared(self._identity.name), self._identity.seal(cleared))
+        return last
 
     def _through(self, start_s: int) -> tuple[SourceOffer, ...]:
         """What this broker could pass on: all that its neighbours announced, at the lowest price of each source."""
@@ -224,8 +236,9 @@ class Neighbours:
         self._publish_retained(self._topics.stock(self._identity.name), self._identity.seal(stock))
 
     def _note_left_over(self, interval: Interval) -> None:
-        """Keep what own consumers left, at the prices paid, beside what neighbours say: new contracts are held against
-        it. What is kept for certain consumers is not in it.
+        """Keep what nobody wanted, at the prices paid, beside what neighbours say: new contracts are held against it.
+
+        What is kept for certain consumers is not in it.
         """
         left: dict[Source, tuple[int, int]] = {}
         for held in self._stock.slices(interval):
@@ -270,9 +283,10 @@ class Neighbours:
         self._renewed |= renewed
         return bool(renewed)
 
-    def forget(self, before_s: int) -> None:
-        """An interval is closed: drop what was heard long before it."""
-        self._store.forget_heard(before_s - KEEP_HEARD_S)
+    def finish(self, interval: Interval) -> None:
+        """An interval is closed: note what is left of it, and drop what was heard long before."""
+        self._note_left_over(interval)
+        self._store.forget_heard(interval.start_s - KEEP_HEARD_S)
         self._renewed.clear()
 
     # Rounds
@@ -300,41 +314,43 @@ class Neighbours:
             name not in stocks for name, one in self._heard(start_s).items() if one is not None and not one.last
         )
 
-    def go_on(
-        self, interval: Interval, clearing: Clearing, rehearse: Rehearsal, market_time_s: int, now_s: float
-    ) -> None:
-        """Send the next round's orders, for what own consumers lack or for neighbours' orders, and announce it.
-
-        `clearing` is of now. Where nobody is left to ask for the lines, what gate 2 would use is ordered.
-        """
+    def go_on(self, interval: Interval, consumers: OwnConsumers, market_time_s: int, now_s: float) -> None:
+        """Send the next round's orders, for what own consumers lack or for neighbours' orders, and announce it."""
         own = self._own_round(interval.start_s)
         assert own is not None
         gates = self._calendar.gate_1_of(interval), self._calendar.gate_2_of(interval)
         round_number = next_round(own.round_number, market_time_s, *gates)
+        with_groups = round_number >= GROUPS_FROM_ROUND
+        clearing = consumers.fill(with_groups=with_groups)
         if is_for_passing_on(round_number):
             self._pass_on(interval, round_number, now_s)
             open_wh = own.open_wh
         else:
             for row in self._not_passed_on(interval):
                 self._in.nobody_left(row)  # The round for it is over; its time was up.
-            open_wh = self._order(interval, clearing, rehearse, round_number, now_s)
-        self._announce(interval, clearing, round_number, open_wh)
+            open_wh = self._order(interval, clearing, consumers, round_number, now_s)
+        last = self._announce(interval, clearing, round_number, open_wh)
+        if last and not with_groups:
+            consumers.fill(with_groups=True)
 
     def _order(
-        self, interval: Interval, clearing: Clearing, rehearse: Rehearsal, round_number: int, now_s: float
+        self, interval: Interval, clearing: Clearing, consumers: OwnConsumers, round_number: int, now_s: float
     ) -> int:
-        """Order what own consumers lack. Returns the Wh that may still be ordered, or come, for them."""
+        """Order what own consumers lack. Returns the Wh that may still be ordered, or come, for them.
+
+        Where nobody is left to ask for the lines, what gate 2 would use is ordered.
+        """
         with_groups = round_number >= GROUPS_FROM_ROUND
         board = self._board(interval.start_s, round_number)
         own_rows = [row for row in self._out.open_rows() if row.start_s == interval.start_s and row.parent is None]
         planned = self._plan_own(interval, clearing, own_rows, board, with_groups=with_groups)
         if not planned and not own_rows and with_groups:
-            planned = self._plan_rehearsed(interval, clearing, rehearse, board)
+            planned = self._plan_rehearsed(interval, consumers, board)
         for plan in planned:
             self._out.send(*_named(plan), interval, round_number, now_s)
         open_wh = sum([plan.energy_wh for plan in planned]) + sum([row.energy_wh for row in own_rows])
         if not with_groups:
-            open_wh += sum(clearing.shortages.values()) + sum(clearing.group_shortage_wh.values())
+            open_wh += sum(clearing.shortages.values()) + consumers.groups_lack_wh()
         return open_wh
 
     def is_through(self, interval: Interval) -> bool:
@@ -363,11 +379,16 @@ class Neighbours:
     def _board(self, start_s: int, round_number: int) -> "_Board":
         through = self._offers_through(start_s) if round_number > 1 else []
         exhausted = self._exhausted(start_s)
-        # Who gave something of its own and could ask others may find more.
-        may_find = {(offer.neighbour, offer.source) for offer in through if offer.energy_wh}
+        # Who could ask others may find more, unless nothing came of the newest order that it could have passed on.
+        newest: dict[tuple[str, Source], OrderOutRow] = {}
         for row in self._store.orders_out(start_s):
-            if row.seen_wh:
-                exhausted -= may_find & {(row.neighbour, Source(row.source))}
+            key = (row.neighbour, Source(row.source))
+            if row.parent is None and (key not in newest or _round(newest[key]) < _round(row)):
+                newest[key] = row
+        for offer in through:
+            key = (offer.neighbour, offer.source)
+            if offer.energy_wh and (key not in newest or newest[key].seen_wh):
+                exhausted.discard(key)
         return _Board(self._offers(start_s), through, exhausted)
 
     def _offers_through(self, start_s: int) -> list[NeighbourOffer]:
@@ -494,9 +515,7 @@ class Neighbours:
             self._trust_ppm(interval.start_s),
         )
 
-    def _plan_rehearsed(
-        self, interval: Interval, clearing: Clearing, rehearse: Rehearsal, board: "_Board"
-    ) -> tuple[PlannedOrder, ...]:
+    def _plan_rehearsed(self, interval: Interval, consumers: OwnConsumers, board: "_Board") -> tuple[PlannedOrder, ...]:
         """What gate 2 would use of neighbours' offers, for lines that are raised and for substitutes."""
         candidates = self._candidates(interval.start_s)
         offered: dict[Lot, int] = {}
@@ -507,7 +526,7 @@ class Neighbours:
                 offered[lot] = offered.get(lot, 0) + offer.energy_wh
         if not offered:
             return ()
-        wanted = rehearse(offered)
+        wanted = consumers.rehearse(offered)
         prices = dict.fromkeys(Source, self._highest_price)
         return board.plan(wanted, {}, candidates, prices, self._trust_ppm(interval.start_s))
 
@@ -735,6 +754,10 @@ def _named(plan: PlannedOrder) -> tuple[str, Source, int, int]:
     return plan.neighbour, plan.source, plan.energy_wh, plan.highest_price
 
 
+def _round(row: OrderOutRow) -> int:
+    return row.round_number if row.round_number is not None else 0
+
+
 def _is_of(row: OrderOutRow, round_number: int) -> bool:
     return row.round_number is not None and row.round_number >= round_number
 
@@ -759,8 +782,10 @@ def _heard(cleared: Cleared, own_name: str) -> Heard:
     """What an announcement says to the broker `own_name`. One without rounds is heard as a last one."""
     asked = sum([item.orders for item in cleared.asked if item.neighbour == own_name])
     if cleared.round_number is None:
-        return Heard(0, True, asked, 0)
-    return Heard(cleared.round_number, bool(cleared.last), asked, cleared.open_wh or 0)
+        return Heard(0, True, asked, 0, 0)
+    open_wh = cleared.open_wh or 0
+    before_wh = cleared.open_before_wh if cleared.open_before_wh is not None else open_wh
+    return Heard(cleared.round_number, bool(cleared.last), asked, open_wh, before_wh)
 
 
 def _order_token(order_id: bytes, *, passed_on: bool) -> bytes:

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from broker.market.rounds import LAST_ROUND, Heard, is_last, missing, round_limit_s
 
 
-def heard(round_number: int, *, last: bool = False, asked: int = 0, open_wh: int = 0) -> Heard:
-    return Heard(round_number, last, asked, open_wh)
+def heard(
+    round_number: int, *, last: bool = False, asked: int = 0, open_wh: int = 0, open_before_wh: int | None = None
+) -> Heard:
+    return Heard(round_number, last, asked, open_wh, open_wh if open_before_wh is None else open_before_wh)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,9 @@ def test_the_last_round_is_announced_when_nobody_can_ask_any_more() -> None:
     assert not is_last(1, 5, 0, quiet)
     assert not is_last(1, 0, 1, quiet)
     assert not is_last(1, 0, 0, {"east": heard(0, open_wh=1)})
+    # Whether a neighbour's word of this very round has come already or not makes no difference.
+    assert not is_last(1, 0, 0, {"east": heard(1, open_wh=0, open_before_wh=1)})
+    assert is_last(1, 0, 0, {"east": heard(1, open_wh=1, open_before_wh=0)})
     assert is_last(LAST_ROUND, 5, 1, {"east": heard(0, open_wh=1)})
 
 
