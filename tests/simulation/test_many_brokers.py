@@ -75,9 +75,6 @@ def test_one_seed_gives_the_same_ledger_and_statements_to_the_byte(folder: Path)
     assert found[0] == found[1]
 
 
-@pytest.mark.xfail(
-    strict=False, reason="see docs/simulation.md, Many brokers: what the order of messages still changes"
-)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_order_of_arrival_changes_no_delivery_and_no_statement(shape: str, folder: Path) -> None:
     found = []
