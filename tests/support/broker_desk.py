@@ -115,7 +115,7 @@ class BrokerDesk:
         return "\n".join([*map(repr, reports[-6:]), *logs])
 
     def _settle(self, time_s: int, since: int, limit_s: float) -> None:
-        """Wait until both brokers report that they are idle at that time, at one ledger height, and owe each other nothing."""
+        """Wait until both brokers are idle at that time, at one ledger height, and owe each other nothing."""
         latest: dict[str, Report] = {}
 
         def at_rest(message: Incoming) -> bool:
