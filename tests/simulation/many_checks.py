@@ -23,6 +23,7 @@ from broker.service.accounts import (
 )
 from broker.service.store import BrokerStore
 from simulation.many import ManyWorld
+from simulation.many_optimum import Books as QuotaBooks
 from simulation.world import INTERVAL_S, T0
 from simulation.world import Books as Business
 
@@ -121,9 +122,10 @@ class Fulfilment:
     idle_next_wh: int = 0
     """What their lines could have had of a direct neighbour's."""
     idle_choices_next_wh: int = 0
-    """What raised lines and substitutes could have had there: nothing is ordered for these."""
+    """What raised lines and substitutes could have had there."""
     idle_where: list[tuple[str, int, str]] = field(default_factory=list)
     """(broker, interval, meter) of the first few that a line could have had."""
+    in_quotas: QuotaBooks = field(default_factory=QuotaBooks.empty)
 
 
 def check_fulfilment(world: ManyWorld, business: Business) -> Fulfilment:
@@ -145,11 +147,25 @@ def check_fulfilment(world: ManyWorld, business: Business) -> Fulfilment:
         for row in store.all_messages(MessageType.DEMAND):
             taken = given.get((row.start_s, row.meter), [])
             demand = _account_for(standings[row.meter], row.meter, row.start_s, row.energy_wh, taken, found)
+            _note_quotas(name, demand, found.in_quotas)
             if row.delivered_wh < row.energy_wh:
                 waiting[row.start_s].append(demand)
         for start_s, demands in waiting.items():
             _look_for_idle(name, start_s, demands, kept, world.links[name], found)
+    for device in world.plan.devices:
+        for index, energy_wh in enumerate(device.energies_wh):
+            found.in_quotas.made[T0 + index * INTERVAL_S][device.broker, device.source] += energy_wh
     return found
+
+
+def _note_quotas(broker: str, demand: OpenDemand, books: QuotaBooks) -> None:
+    got = [0] * len(demand.quotas)
+    for item in demand.taken:
+        if item.line < len(got):
+            got[item.line] += item.energy_wh
+    for line, quota_wh, got_wh in zip(demand.contract.lines, demand.quotas, got, strict=True):
+        books.wants[demand.start_s][broker, line.target] += quota_wh
+        books.delivered_wh[demand.start_s] += min(quota_wh, got_wh)
 
 
 def _account_for(

@@ -5,13 +5,14 @@
 
 import os
 from collections import Counter
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
 
 from simulation import audit
 from simulation.many import ManyPlan, ManyWorld, many_plan, ring, star
-from simulation.many_checks import check_fulfilment, check_money, digest, every_statement, money
+from simulation.many_checks import Fulfilment, check_fulfilment, check_money, digest, every_statement, money
 from simulation.world import Books, Plan
 
 FULL = os.environ.get("DENGEN_FULL") == "1"
@@ -40,8 +41,17 @@ def test_shares_keep_their_bound_books_balance_and_no_asset_idles(shape: str, fo
     assert found.ample_demands > found.demands // 3
     assert found.furthest_wh > 0
     assert (found.idle_here_wh, found.idle_next_wh) == (0, 0), found.idle_where
+    _check_against_optimum(world, found)
     assert sum(books.unmatched_wh.values()) > 0, "nothing was short, so nothing was shown"
     assert sum(books.bought_wh.values()) > 0, "no broker bought anything of another"
+
+
+def _check_against_optimum(world: ManyWorld, found: Fulfilment) -> None:
+    intervals = found.in_quotas.against_optimum(world.links).values()
+    delivered_wh, best_wh = (sum(column) for column in zip(*map(astuple, intervals), strict=True))
+    print(f"{delivered_wh} of {best_wh} Wh inside quotas; {found.idle_choices_next_wh} Wh idle for raised lines")
+    assert all(one.delivered_wh <= one.best_wh for one in intervals), "the optimum is none"
+    assert 100 * delivered_wh >= 99 * best_wh, f"{delivered_wh} of {best_wh} Wh"
 
 
 def _check_conservation(plan: Plan, books: Books) -> None:
