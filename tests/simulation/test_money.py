@@ -123,10 +123,10 @@ def test_bought_energy_has_the_same_price_after_restarts(folder: Path) -> None:
 
 
 def test_what_is_withdrawn_is_credited_by_everyone_that_it_went_through(folder: Path) -> None:
-    """West bought 300 Wh of the mill's 900 for ben. Hours later the meter says that there were 200 in all."""
+    """West bought 300 Wh of the mill's 900 for ben. Hours later the meter says that there were 100 in all."""
     world = World(PAIR, folder)
     late_s = T0 + 3 * INTERVAL_S
-    world.send("mill", world.meter_value("mill", T0, 200, revision=1), late_s)
+    world.send("mill", world.meter_value("mill", T0, 100, revision=1), late_s)
     ran = world.run(late_s - INTERVAL_S)
     before = books_of(world, FIRST)
     ran = world.run(T0 + 7 * INTERVAL_S)
@@ -139,7 +139,7 @@ def test_what_is_withdrawn_is_credited_by_everyone_that_it_went_through(folder: 
 
     provided = lines(before, "east", Flow.PROVIDED, "ola", "wind")
     assert provided == [(900, False)]
-    assert lines(after, "east", Flow.PROVIDED, "ola", "wind") == [(900, False), (-700, True)]
+    assert lines(after, "east", Flow.PROVIDED, "ola", "wind") == [(900, False), (-800, True)]
     sold = lines(before, "east", Flow.SOLD, "west", "wind")
     assert lines(after, "east", Flow.SOLD, "west", "wind") == [*sold, (-sum(wh for wh, _ in sold), True)]
     assert lines(after, "west", Flow.BOUGHT, "east", "wind") == lines(after, "east", Flow.SOLD, "west", "wind")
