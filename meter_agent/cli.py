@@ -94,6 +94,12 @@ def _parser() -> argparse.ArgumentParser:
     certificate.add_argument(
         "--timeout", metavar="S", type=_seconds, default=600.0, help="seconds to wait for it (default 600)"
     )
+    again = _add(
+        adder, "send-again", _send_again, "have accepted intervals sent once more, to a broker that lost its database"
+    )
+    again.add_argument(
+        "--from", dest="from_s", metavar="TIME", type=time_s, required=True, help="for example 2026-01-01T00:00:00Z"
+    )
     _add_scan(adder)
     _add_profiles(adder)
     _add_simulate(adder)
@@ -336,6 +342,22 @@ def _certificate(options: argparse.Namespace) -> int:
     except OSError as error:
         return _fail(refused_by_system(error), EXIT_FAILED)
     print(f"{options.out}: check it with `energy-broker certificate verify {options.out} --trust TRUST.json`")
+    return EXIT_OK
+
+
+def _send_again(options: argparse.Namespace) -> int:
+    from meter_agent.journal import Journal, JournalError
+
+    config = load_agent_config(options.config)
+    try:
+        journal = Journal(config.agent.data_dir, config.agent.keep_days)
+        try:
+            count = journal.send_again(options.from_s)
+        finally:
+            journal.close()
+    except JournalError as error:
+        return _fail(f"{error}; stop the agent for this, if it runs", EXIT_FAILED)
+    print(f"{count} intervals wait to be sent again when the agent runs")
     return EXIT_OK
 
 

@@ -268,6 +268,17 @@ class Journal:
             self._db.execute("UPDATE interval SET state = 0, receipt = NULL WHERE state = 2")
         return True
 
+    def send_again(self, since_s: int) -> int:
+        """Make every accepted interval that begins then or later wait again; returns how many.
+
+        For a broker that has lost its database: it gives the same answer to what it still has.
+        """
+        self.flush()
+        with self._transaction():
+            return self._db.execute(
+                "UPDATE interval SET state = 0, receipt = NULL WHERE state = 1 AND start_s >= ?", (since_s,)
+            ).rowcount
+
     def _flush_if_full(self) -> None:
         if self.notes >= MAX_NOTES:
             self.flush()

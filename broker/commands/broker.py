@@ -16,7 +16,13 @@ def add_commands(commands: Any) -> None:
     """`run`, `check-config`, `submit` and `list`."""
     from broker.service.registration import TABLES
 
-    add_config_option(add_command(commands, "run", "Run the broker until it is told to stop (SIGTERM).", _run))
+    run = add_command(commands, "run", "Run the broker until it is told to stop (SIGTERM).", _run)
+    add_config_option(run)
+    run.add_argument(
+        "--recover",
+        action="store_true",
+        help="the database was restored from a backup: take back from the ledger what this broker did since",
+    )
     parser = add_command(commands, "check-config", "Check a config file and everything it names.", _check_config)
     parser.add_argument("config", type=Path, metavar="FILE", help="the broker's config file (TOML)")
     submit = add_command(commands, "submit", "Put signed statements on the ledger when the broker runs.", _submit)
@@ -33,7 +39,7 @@ def add_commands(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     from broker.service.run import run_broker
 
-    return run_broker(load_broker_config(options.config))
+    return run_broker(load_broker_config(options.config), recovers=options.recover)
 
 
 def _check_config(options: argparse.Namespace) -> int:

@@ -61,6 +61,14 @@ class BatchDesk:
         self.hand_over([row])
         return row
 
+    def take_back(self, batch_id: bytes, kind: BatchKind, start_s: int, height: int) -> BatchRow:
+        """Note a batch of ours that the store has forgotten and the ledger has."""
+        row = BatchRow(self._next_number, batch_id, kind, start_s, b"", WorkState.COMMITTED, height)
+        self._next_number += 1
+        self._store.add_batch(row)
+        self._store.set_batch(batch_id, WorkState.COMMITTED, height, None)
+        return row
+
     def hand_over(self, rows: Iterable[BatchRow]) -> None:
         """Submit these batches, or leave them until all statements are on the ledger.
 

@@ -68,6 +68,7 @@ from broker.service.intake import Accepted, Intake
 from broker.service.neighbours import Neighbours
 from broker.service.orders_in import Keeps, PartnerPolicy, transfer_row
 from broker.service.outputs import Identity, Outputs
+from broker.service.recovery import Recovery
 from broker.service.registry import Registry
 from broker.service.store import (
     BatchKind,
@@ -122,9 +123,11 @@ class Broker:
         passes_on: bool,
         jitter: Callable[[], int],
         keeps: Keeps = keeps_nothing,
+        recovers: bool = False,
     ) -> None:
         """`passes_on`: ask others for what neighbours want. `jitter` gives 0 to 255 at random. `keeps` says what of an
-        interval's energy own consumers will still need, so that it is not sold to neighbours."""
+        interval's energy own consumers will still need, so that it is not sold to neighbours. `recovers`: the store may
+        be older than the ledger, and what it has forgotten is taken back from there."""
         self.outputs = Outputs()
         self.questions: list[tuple[str, int]] = []
         """(device, start_s) of intervals about which the shell has to ask the ledger."""
@@ -174,6 +177,9 @@ class Broker:
             *(identity, store, self._registry, self._stock, self._desk, self._cycle, self._put_back),
             lambda device, start_s: self.questions.append((device, start_s)),
         )
+        self._recovery: Recovery | None = None
+        if recovers:
+            self._recovery = Recovery(identity, store, self._registry, self._desk, self.outputs, tariff)
         self._readings: list[Accepted] = []
         self._holdings_height: int | None = None
         self._stopped = False
@@ -290,8 +296,9 @@ class Broker:
                 self.outputs.complain(f"a message on {'/'.join(levels)}, which this broker does not know")
 
     def _take_meter_message(self, meter: str, leaf: str, payload: bytes) -> None:
-        if self.market_time_s is None:
-            return  # Market time is not known yet; the agent sends again what has no receipt.
+        if self.market_time_s is None or self._recovery is not None:
+            # Not known yet is the time, or what was said before; the agent sends again what has no receipt.
+            return
         current = self._cycle.current
         # By the clock that the ledger has of this broker: the end of what it has closed.
         settled_to_s = current.start_s - self._deadline_s if current is not None else 0
@@ -326,7 +333,7 @@ class Broker:
         message, peer = opened.message, opened.sender
         match levels, message:
             case ("brokers", self._identity.name, "request"), Order():
-                if self.market_time_s is not None:  # Else it is sent again.
+                if self.market_time_s is not None and self._recovery is None:  # Else it is sent again.
                     self._neighbours.take_order(peer, message, opened.raw, self.market_time_s)
             case ("brokers", self._identity.name, "response", sender), OrderAnswer() if sender == peer:
                 if self._neighbours.take_answer(peer, message):
@@ -352,6 +359,7 @@ class Broker:
         """
         match event:
             case HoldingsLoaded():
+                self._end_recovery()
                 self._load_stock(event.height, event.holdings)
             case BatchCommitted():
                 self._committed(event)
@@ -427,7 +435,10 @@ class Broker:
     def _committed(self, event: BatchCommitted) -> None:
         batch = self._desk.finish(event.batch_id, WorkState.COMMITTED, event.height, None)
         if batch is None:
-            self._require_known(event)
+            if self._recovery is not None and not self._store.has_batch(event.batch_id):
+                self._take_back(self._recovery, event)
+            else:
+                self._require_known(event)
             return
         match batch.kind:
             case BatchKind.STATEMENTS:
@@ -470,8 +481,40 @@ class Broker:
             raise StoreError(
                 f"this broker's database is older than the ledger: block {event.height} carries a batch"
                 f" ({event.batch_id.hex()}) of {self._identity.name} that it does not know. Restore the newest backup"
-                " of the database that there is (docs/broker.md, Backups)"
+                " of the database that there is, then run with --recover (docs/broker.md, Backups)"
             )
+
+    def _take_back(self, recovery: Recovery, event: BatchCommitted) -> None:
+        """The same as at its commit then, but that the meters were told, and that the holdings include it all."""
+        assert event.operations is not None  # It was not submitted by this run.
+        operations = list(event.operations)
+        batch = recovery.take_back(event.batch_id, event.height, operations)
+        statements: list[Operation] = [
+            each for each in operations if isinstance(each, Register | Admit | MandateOp | EndMandate)
+        ]
+        self._note_owners(statements)
+        self._finish_statements(statements, WorkState.COMMITTED, None)
+        match batch.kind:
+            case BatchKind.CORRECT:
+                self._withdrawals.seen(operations)
+            case BatchKind.CORRECT_DEMAND:
+                self._corrections.committed(batch, operations, in_stock=True)
+            case BatchKind.CLOSE:
+                self._neighbours.closed(batch.start_s)
+            case BatchKind.VOID:
+                self._neighbours.voided([each.order_id for each in operations if isinstance(each, Void)])
+
+    def _end_recovery(self) -> None:
+        """The ledger's holdings are reached: everything from here on is this run's own."""
+        if self._recovery is None:
+            return
+        self._cycle.look_again()
+        back, self._recovery = self._recovery.recovered, None
+        self.outputs.complain(
+            f"recovered from the ledger: {back.batches} batches with {back.closes} closes. {back.demands} demands are"
+            f" without their signed message, {back.strangers} of them of consumers who are not in this database:"
+            " have the meters send again what they have since the backup"
+        )
 
     def _provided(self, transfers: list[Transfer], *, in_stock: bool) -> None:
         """The ledger has transferred own providers' energy to us. `in_stock`: the loaded holdings include it."""
@@ -559,6 +602,8 @@ class Broker:
         providers; transfers to us, the neighbour's second change request; and the ends of orders to us.
         """
         self._note_owners(event.operations)
+        if self._recovery is not None:
+            self._recovery.note_admissions(event.operations)
         self._withdrawals.seen(event.operations)
         signer = self._signers.get(event.key_id)
         for operation in event.operations:

@@ -184,6 +184,13 @@ class Cycle:
         elif known_s is not None:
             self._enter(self._calendar.interval_at(known_s))
 
+    def look_again(self) -> None:
+        """Intervals and demands have come into the store from elsewhere."""
+        self._open.clear()
+        self._open_of.clear()
+        self.current = None
+        self._resume()
+
     @property
     def stock_from_s(self) -> int:
         """Energy of intervals that begin earlier is kept no longer; 0 as long as no interval has been closed."""

@@ -26,7 +26,7 @@ from broker.protocol.topics import Topics
 from broker.service.outputs import Identity, Outputs
 from broker.service.pseudonyms import commitment, interval_key, pseudonym
 from broker.service.registry import Registry
-from broker.service.store import BrokerStore
+from broker.service.store import BrokerStore, MessageRow
 
 MAX_CONFLICTS_KEPT: Final = 10_000
 CLOCK_TOLERANCE_S: Final = 60
@@ -131,6 +131,9 @@ class Intake:
         if known is None:
             assert refusal is not None
             raise refusal
+        if not known.raw and self._is_what_the_ledger_has(known, envelope):
+            self._store.put_message(value.start_s, meter, value.revision, identity, envelope.raw)
+            known = known._replace(message_id=identity, raw=envelope.raw)
         return self._take_again(known.message_id, known.raw, identity, value, kind, meter, envelope)
 
     def _take_again(
@@ -153,6 +156,14 @@ class Intake:
         )
         self._outputs.complain(f"{meter}: two different payloads for interval {value.start_s}, kept as a conflict")
         return None
+
+    def _is_what_the_ledger_has(self, known: MessageRow, envelope: Envelope) -> bool:
+        """True for the demand that this broker was committed to before its database was lost."""
+        consumer = self._registry.consumer(known.meter)
+        if consumer is None:
+            return False
+        k_interval = interval_key(consumer.day_key(known.start_s), known.start_s)
+        return commitment(k_interval, envelope.raw) == known.commitment
 
     def _check_interval(self, value: MeterValue, market_time_s: int) -> None:
         if not self._calendar.is_interval(value.start_s, value.end_s):

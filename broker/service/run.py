@@ -20,6 +20,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Final, Protocol
 
 from broker.config import BrokerConfig, CometbftSection, load_genesis, parse_public_key
+from broker.ledger.chain import genesis_hash
 from broker.ledger.client import BlockApplied, LedgerClient, LedgerFault, TooManyPending
 from broker.ledger.embedded import EmbeddedLedger
 from broker.ledger.gateway import Gateway, Outgoing
@@ -57,13 +58,16 @@ tenth of the broker's time goes into looking at them all the same.
 _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
-def run_broker(config: BrokerConfig) -> int:
-    """Run until SIGTERM or SIGINT; returns the exit code."""
+def run_broker(config: BrokerConfig, *, recovers: bool = False) -> int:
+    """Run until SIGTERM or SIGINT; returns the exit code.
+
+    `recovers`: the database may be an older one, and takes back from the ledger what it has forgotten.
+    """
     genesis = load_genesis(config.ledger.genesis_file)
     if config.broker.clock == "conductor" and genesis.conductor is None:
         raise ConfigError(config.ledger.genesis_file, "simulated", "a simulated ledger with a conductor")
     with contextlib.ExitStack() as stack:
-        service = BrokerService(config, genesis, stack)
+        service = BrokerService(config, genesis, stack, recovers=recovers)
         stopping: list[int] = []
 
         def stop(number: int, _frame: FrameType | None) -> None:
@@ -131,6 +135,7 @@ class BrokerService:
         monotonic_s: Callable[[], float] = time.monotonic,
         calendar_s: Callable[[], float] = time.time,
         random_bytes: Callable[[int], bytes] = os.urandom,
+        recovers: bool = False,
     ) -> None:
         key = load_private_key(config.broker.key_file)
         self._name = config.broker.name
@@ -158,11 +163,15 @@ class BrokerService:
             Tariff(config.market.consumer_margin, config.market.neighbour_margin),
             passes_on=config.market.passes_on,
             jitter=lambda: random_bytes(1)[0],
+            recovers=recovers,
         )
         self._store.commit()
         self._monotonic_s = monotonic_s
         self._calendar_s = calendar_s
         self._cursor = self._store.ledger_cursor()
+        if recovers and self._cursor is None:
+            # Copied before it ran for the first time: what it has forgotten begins with the first block.
+            self._cursor = 0, genesis_hash(genesis)
         self._client = LedgerClient(
             genesis, self._name, key, random_bytes, resume=self._cursor, holdings_from_s=self._broker.stock_from_s
         )

@@ -558,6 +558,13 @@ class BrokerStore:
         )
         return cursor.rowcount == 1
 
+    def put_message(self, start_s: int, meter: str, revision: int, message_id: bytes, raw: bytes) -> None:
+        """Put the message to a demand that was known from the ledger alone."""
+        self._db.execute(
+            "UPDATE message SET message_id = ?, raw = ? WHERE start_s = ? AND meter = ? AND kind = 2 AND revision = ?",
+            (message_id, raw, start_s, meter, revision),
+        )
+
     def waiting_demands(self) -> list[tuple[int, str]]:
         """(start_s, meter) of the demands that have a revision which is not in effect yet."""
         return self._db.execute(

@@ -3,19 +3,24 @@
 import shutil
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.ledger_world import key
 
 from broker import cli
 from broker.database_copy import CopyError
+from broker.ledger.operations import Void, encode_operation
 from broker.ledger.verify import verify_ledger
+from broker.protocol.envelope import seal
+from broker.protocol.messages import Batch, MessageType, Quality, Receipt, ReceiptStatus
 from broker.protocol.sources import Source
 from broker.service.backup import LEDGER_DIRECTORY, backup_broker
 from broker.service.store import BrokerStore, StoreError
 from simulation import audit
 from simulation.plans import PAIR
-from simulation.world import GATE_2_S, INTERVAL_S, T0, ConsumerPlan, DevicePlan, Plan, World
+from simulation.world import GATE_1_S, GATE_2_S, INTERVAL_S, LEDGER, T0, ConsumerPlan, DevicePlan, Plan, World
 
 ALONE = Plan(
     ("east",),
@@ -142,3 +147,172 @@ def test_the_command_copies_both(folder: Path, capsys: pytest.CaptureFixture[str
     assert "which verifies; it holds the consumers' secrets" in capsys.readouterr().out
     assert (folder / "copy" / "broker.db").stat().st_mode & 0o077 == 0
     assert verify_ledger(folder / "copy" / LEDGER_DIRECTORY).ok
+
+
+def send_again(world: World, broker: str, from_index: int, until_s: int = 2**40) -> None:
+    """Have the broker's meters send once more what they sent for the intervals from that one on."""
+    for member in (*world.plan.consumers, *world.plan.devices):
+        name = member.meter if isinstance(member, ConsumerPlan) else member.device
+        if member.broker == broker:
+            for index, energy_wh in enumerate(member.energies_wh):
+                start_s = T0 + index * INTERVAL_S
+                if index >= from_index and start_s + INTERVAL_S <= until_s:
+                    world.send(name, world.meter_value(name, start_s, energy_wh))
+
+
+def restore_yesterdays(folder: Path, world: World, broker: str, until_s: int) -> None:
+    """Back up, run on, lose the database, put the backup in its place, and have it recover at the next start."""
+    backup_broker(world.brokers[broker].config, folder / "copy", no_waiting)
+    world.run(until_s)
+    put_back(folder / "copy", world, broker, with_ledger=False)
+    world.brokers[broker].recovers = True
+
+
+@pytest.mark.parametrize("copied_s", [T0 + 10, T0 + INTERVAL_S + GATE_1_S, SECOND_CLOSED_S])
+@pytest.mark.parametrize(("broker", "plan"), [("east", ALONE), ("east", PAIR), ("west", PAIR)])
+def test_an_older_database_takes_back_from_the_ledger_what_it_has_forgotten(
+    folder: Path, broker: str, plan: Plan, copied_s: int
+) -> None:
+    books = World(plan, folder / "undisturbed").run()
+    world = World(plan, folder / "world")
+    world.run(copied_s)
+    after_s = T0 + (plan.intervals + 3) * INTERVAL_S
+    restore_yesterdays(folder, world, broker, T0 + (plan.intervals + 1) * INTERVAL_S + GATE_2_S)
+    recovered = world.run(after_s)
+    assert recovered.delivered_wh == books.delivered_wh
+    assert recovered.bought_wh == books.bought_wh
+    assert recovered.kept_wh == books.kept_wh
+    # When the meters send once more what they sent since, nothing is missing: receipts and certificates included.
+    send_again(world, broker, 0)
+    world.brokers[broker].recovers = False
+    assert world.run(after_s + INTERVAL_S) == books
+    audit.check(world, books)
+    audit.check_certificates(world, books)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_recovery_goes_on_where_it_was_killed(folder: Path, seed: int) -> None:
+    books = World(PAIR, folder / "undisturbed").run()
+    world = World(PAIR, folder / "world", seed, may_wait=True)
+    world.patience_s = 5.0
+    world.run(T0 + INTERVAL_S + GATE_1_S)
+    restore_yesterdays(folder, world, "west", T0 + (PAIR.intervals + 1) * INTERVAL_S + GATE_2_S)
+    world._kills = 6
+    after_s = T0 + (PAIR.intervals + 3) * INTERVAL_S
+    send_again(world, "west", 0)
+    world.run(after_s)
+    assert world.run(after_s + INTERVAL_S) == books
+    audit.check(world, books)
+
+
+@pytest.mark.parametrize("lost_at_s", [GATE_1_S + 60, GATE_2_S + 60])
+def test_what_was_lost_between_the_gates_is_decided_again_from_what_is_on_the_ledger(
+    folder: Path, lost_at_s: int
+) -> None:
+    world = World(ALONE, folder / "world", may_wait=True)
+    world.patience_s = 3.0
+    world.run(T0 + INTERVAL_S + 60)
+    lost_s = T0 + 2 * INTERVAL_S + lost_at_s
+    restore_yesterdays(folder, world, "east", lost_s)
+    send_again(world, "east", 0, until_s=lost_s)
+    books = world.run()
+    audit.check(world, books)
+    assert books == World(ALONE, folder / "undisturbed").run()
+
+
+def test_corrections_since_the_backup_come_back_too(folder: Path) -> None:
+    def corrected(world: World, due_s: int) -> World:
+        for meter, index, energy_wh in (("anna", 1, 200), ("anna", 0, 450), ("roof", 0, 650)):
+            value = world.meter_value(meter, T0 + index * INTERVAL_S, energy_wh, revision=1)
+            world.send(meter, value, due_s)
+        return world
+
+    corrected_s = T0 + 2 * INTERVAL_S + GATE_2_S + 60
+    undisturbed = corrected(World(ALONE, folder / "undisturbed"), corrected_s).run()
+    world = World(ALONE, folder / "world")
+    world.run(T0 + INTERVAL_S + 60)
+    corrected(world, corrected_s)
+    restore_yesterdays(folder, world, "east", T0 + 6 * INTERVAL_S)
+    world.run(T0 + 7 * INTERVAL_S)
+    send_again(world, "east", 0)
+    books = corrected(world, 0).run(T0 + 8 * INTERVAL_S)
+    assert books == undisturbed
+    audit.check(world, books)
+    audit.check_certificates(world, books)
+
+
+def test_a_demand_of_nothing_is_said_to_be_missing_until_its_meter_sends_it_again(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The ledger has only the count of them."""
+    plan = replace(ALONE, consumers=(*ALONE.consumers, ConsumerPlan("ben", "east", (("wind", 100),), (10, 0, 0, 10))))
+    world = World(plan, folder / "world")
+    world.run(T0 + INTERVAL_S + GATE_2_S)
+    restore_yesterdays(folder, world, "east", T0 + 4 * INTERVAL_S + GATE_2_S)
+    world.run(T0 + 5 * INTERVAL_S)
+    missing = [record.message for record in caplog.records if "known again" in record.message]
+    assert [message.split(",")[0] for message in missing] == [
+        f"the close of the interval at {T0 + index * INTERVAL_S} is over 2 demands of {wh} Wh"
+        for index, wh in ((1, 300), (2, 400))
+    ]
+    assert "recovered from the ledger: " in caplog.text
+    send_again(world, "east", 1)
+    world.brokers["east"].recovers = False
+    books = world.run(T0 + 7 * INTERVAL_S)
+    audit.check(world, books)
+
+
+def test_another_demand_than_the_one_on_the_ledger_is_not_put_in_its_place(folder: Path) -> None:
+    world = World(ALONE, folder / "world")
+    world.run(T0 + INTERVAL_S + 60)
+    restore_yesterdays(folder, world, "east", T0 + 5 * INTERVAL_S)
+    said_wh = ALONE.consumers[0].energies_wh[2]
+    world.send("anna", world.meter_value("anna", T0 + 2 * INTERVAL_S, said_wh, quality=Quality.ESTIMATED))
+    answers = world.listen(world.topics.meter("east", "anna", "receipt"))
+    world.run(T0 + 6 * INTERVAL_S)
+    (answer,) = map(world.opened, answers)
+    assert isinstance(answer, Receipt)
+    assert answer.status is ReceiptStatus.CONFLICT
+    store = BrokerStore(world.brokers["east"].config.database)
+    row = store.current_demand(T0 + 2 * INTERVAL_S, "anna")
+    store.close()
+    assert row is not None
+    assert (row.raw, row.energy_wh) == (b"", said_wh)
+
+
+def test_who_signed_up_after_the_backup_still_counts_in_the_closes_of_then(folder: Path) -> None:
+    plan = replace(ALONE, consumers=(*ALONE.consumers, ConsumerPlan("ben", "east", (("wind", 100),), (0, 0, 90, 80))))
+    world = World(plan, folder / "world")
+    world.run(T0 + INTERVAL_S + 60)
+    restore_yesterdays(folder, world, "east", T0 + 4 * INTERVAL_S + GATE_2_S)
+    database = sqlite3.connect(world.brokers["east"].config.database)
+    for table in ("consumer", "contract", "message", "account"):
+        database.execute(f"DELETE FROM {table} WHERE meter = 'ben'")
+    database.commit()
+    database.close()
+    world.run(T0 + 5 * INTERVAL_S)
+    store = BrokerStore(world.brokers["east"].config.database)
+    lost = [row for row in store.all_messages(MessageType.DEMAND) if row.meter.startswith("lost-")]
+    assert [(row.start_s, row.energy_wh) for row in lost] == [(T0 + 2 * INTERVAL_S, 90), (T0 + 3 * INTERVAL_S, 80)]
+    assert all(row.refusal is not None and "registered after the backup" in row.refusal for row in lost)
+    assert [row.meter for row in store.consumers()] == ["anna"]
+    store.close()
+    accounts = audit._replay(world)
+    for row in lost:
+        assert accounts.closed["east", row.start_s][-1].demands == 2
+        assert row.pseudonym is not None
+        assert accounts.given_wh[row.start_s, row.pseudonym] == row.delivered_wh > 0
+
+
+def test_a_batch_that_is_not_this_runs_own_is_refused_again_after_the_recovery(folder: Path) -> None:
+    """Two brokers of one name would otherwise take over each other's decisions for ever."""
+    world = World(ALONE, folder / "world")
+    world.run(SECOND_CLOSED_S)
+    restore_yesterdays(folder, world, "east", T0 + (ALONE.intervals + 1) * INTERVAL_S)
+    other = Batch(T0 + 100 * INTERVAL_S, (encode_operation(Void(b"x" * 16)),))
+    raw = seal(other, key("east"), LEDGER, "east")
+    world.run(T0 + (ALONE.intervals + 2) * INTERVAL_S)
+    world.before_next_step(lambda: world.say("x", world.topics.ledger_submit(LEDGER), raw))
+    with pytest.raises(StoreError, match="older than the ledger"):
+        world.run(T0 + (ALONE.intervals + 3) * INTERVAL_S)
+    world.stop()

@@ -149,6 +149,7 @@ class BrokerProcess:
     stack: contextlib.ExitStack | None = None
     wants_turn: bool = True
     held_down: bool = False
+    recovers: bool = False
 
     @property
     def connected(self) -> bool:
@@ -476,6 +477,7 @@ class World:
                 monotonic_s=lambda: self.network_time_s,
                 calendar_s=lambda: self.market_time_s,
                 random_bytes=self.random.randbytes,
+                recovers=process.recovers,
             )
         except BaseException:
             stack.close()

@@ -19,6 +19,7 @@ from meter_agent import cli
 from meter_agent.clock import SystemClock
 from meter_agent.intervals import Anchor, Boundary, MeterState, SealedInterval
 from meter_agent.journal import Journal, OutboxRow
+from meter_agent.outbox import OutboxState
 from meter_agent.profiles import load_profile, profile_names
 from meter_agent.readings import ReadFailure, Sample
 
@@ -365,6 +366,27 @@ def test_run_without_meter_and_server_keeps_trying_and_ends_cleanly_on_sigterm(c
         kinds = {kind for (kind,) in database.execute("SELECT kind FROM event")}
     database.close()
     assert kinds == {"read-failure"}
+
+
+def test_send_again_has_accepted_intervals_wait_once_more(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    journal = Journal(config_file.parent / "data", 10)
+    assert cli.main(["send-again", "--config", str(config_file), "--from", "1970-01-01T00:30:00Z"]) == 1
+    assert "stop the agent for this" in capsys.readouterr().err
+    for number in range(4):
+        state = MeterState(Anchor(1_000_000, None, 1, 1, None), None, 1800)
+        interval = SealedInterval(1_800 * number, 1_800 * number + 1_800, 7, Quality.MEASURED, None)
+        journal.seal("house", state, [OutboxRow(interval, 0, bytes((number,)) * 32, b"sealed %d" % number)])
+        # What was refused is tried again by itself; that it was refused must not be forgotten here.
+        answer = OutboxState.REFUSED if number == 3 else OutboxState.ACCEPTED
+        journal.note_answer("house", 1_800 * number, 0, answer, b"receipt")
+    journal.close()
+    assert cli.main(["send-again", "--config", str(config_file), "--from", "1970-01-01T00:30:00Z"]) == 0
+    assert capsys.readouterr().out == "2 intervals wait to be sent again when the agent runs\n"
+    journal = Journal(config_file.parent / "data", 10)
+    assert [message.message for message in journal.waiting(["house"], 9)] == [b"sealed 1", b"sealed 2"]
+    journal.close()
 
 
 def test_run_on_a_journal_that_another_agent_holds_is_exit_code_1(

@@ -531,3 +531,18 @@ def test_a_provider_keeps_shares_for_its_own(desk: Desk) -> None:
         if line
     ]
     assert (row["reserve_ppm"], row["exclusive_ppm"], row["exclusive_for"]) == (200_000, 125_000, ["home"])
+
+
+@pytest.mark.parametrize("recovers", [False, True])
+def test_only_who_asks_for_it_recovers(tmp_path: Path, recovers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def run_broker(config: object, *, recovers: bool) -> int:
+        asked.append(recovers)
+        return 0
+
+    monkeypatch.setattr("broker.service.run.run_broker", run_broker)
+    monkeypatch.setattr("broker.commands.broker.load_broker_config", lambda path: path)
+    arguments = ["run", "--config", str(tmp_path / "broker.toml"), *(["--recover"] if recovers else [])]
+    assert cli.main(arguments) == 0
+    assert asked == [recovers]
