@@ -110,13 +110,15 @@ class MarketSection:
 
     `highest_price` is what neighbours are offered at most where a contract says nothing. The margins come on top of
     what the broker itself paid, for its consumers and for its neighbours. `passes_on`: what a neighbour orders and is
-    not here is ordered from others for it.
+    not here is ordered from others for it. `own_groups_first`: own lines of groups are filled before neighbours are
+    served; otherwise neighbours' lines of single sources come before them.
     """
 
     highest_price: Annotated[int, Between(0, MAX_PRICE)] = 1_000_000
     consumer_margin: Annotated[int, Between(0, MAX_PRICE)] = 0
     neighbour_margin: Annotated[int, Between(0, MAX_PRICE)] = 0
     passes_on: bool = True
+    own_groups_first: bool = False
 
 
 UNMATCHED_LABEL: Final = "unmatched"

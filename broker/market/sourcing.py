@@ -272,6 +272,7 @@ def plan_orders(
     asked: Collection[tuple[str, Source]] = (),
     trust_ppm: Mapping[str, int] | None = None,
     through: Sequence[NeighbourOffer] = (),
+    expected_wh: Mapping[tuple[str, Source], int] | None = None,
 ) -> tuple[PlannedOrder, ...]:
     """Whom to ask for what is short, by neighbour name and source. Every short Wh is asked of one neighbour only.
 
@@ -280,8 +281,8 @@ def plan_orders(
     the cheapest of `offers` first, then the next, as far as each goes; of two at one price to the one from which more
     can be expected: what it announced times `trust_ppm`, the part of earlier orders that it gave (all, if not known).
     Then come the offers `through` neighbours, of what they could pass on from others, in the same way. What nothing of
-    that covers goes to one who announced the source, and of those to who is trusted most: announcements are coarse, and
-    none at all is no refusal. A group takes
+    that covers goes to one who announced the source, else to who the day before expected to have most of it left
+    (`expected_wh`), else to who is trusted most: announcements are coarse, and none at all is no refusal. A group takes
     whichever source is announced cheapest; without any announcement one source is asked for, and the next one in the
     next round. Offers above `highest_price` (µ-currency per kWh by source; a source that it lacks is not asked for) are
     left alone.
@@ -323,6 +324,7 @@ def plan_orders(
         silent = [
             (
                 (neighbour, source) not in heard_of,
+                -(expected_wh or {}).get((neighbour, source), 0),
                 -trust[neighbour],
                 -covered_wh.get((neighbour, source), 0),
                 source,

@@ -66,7 +66,7 @@ from broker.service.cycle import Cycle
 from broker.service.foresight import Foresight
 from broker.service.intake import Accepted, Intake
 from broker.service.neighbours import Neighbours
-from broker.service.orders_in import Keeps, PartnerPolicy, transfer_row
+from broker.service.orders_in import PartnerPolicy, transfer_row
 from broker.service.outputs import Identity, Outputs
 from broker.service.recovery import Recovery
 from broker.service.registry import Registry
@@ -102,11 +102,6 @@ class Neighbour:
     policy: PartnerPolicy
 
 
-def keeps_nothing(_interval: Interval) -> Mapping[Source, int]:
-    """Everything that own consumers have not taken in the clearing may be sold."""
-    return {}
-
-
 class Broker:
     """One broker. The shell calls `take_*`, `set_time`, `advance`, and reads `idle`, `next_wake_s` and `outputs`."""
 
@@ -121,13 +116,14 @@ class Broker:
         tariff: Tariff,
         *,
         passes_on: bool,
+        own_groups_first: bool,
         jitter: Callable[[], int],
-        keeps: Keeps = keeps_nothing,
         recovers: bool = False,
     ) -> None:
-        """`passes_on`: ask others for what neighbours want. `jitter` gives 0 to 255 at random. `keeps` says what of an
-        interval's energy own consumers will still need, so that it is not sold to neighbours. `recovers`: the store may
-        be older than the ledger, and what it has forgotten is taken back from there."""
+        """`passes_on`: ask others for what neighbours want. `own_groups_first`: own lines of groups are served before
+        neighbours are. `jitter` gives 0 to 255 at random. `recovers`: the store may be older than the ledger, and what
+        it has forgotten is taken back from there.
+        """
         self.outputs = Outputs()
         self.questions: list[tuple[str, int]] = []
         """(device, start_s) of intervals about which the shell has to ask the ledger."""
@@ -164,7 +160,6 @@ class Broker:
             highest_price,
             tariff,
             passes_on=passes_on,
-            keeps=keeps,
             is_own_device=lambda device: self._registry.device(device) is not None,
             jitter=jitter,
         )
@@ -182,6 +177,7 @@ class Broker:
             self._recovery = Recovery(identity, store, self._registry, self._desk, self.outputs, tariff)
         self._readings: list[Accepted] = []
         self._holdings_height: int | None = None
+        self._own_groups_first = own_groups_first
         self._stopped = False
         self._refill = False
         self._offer_again = False
@@ -668,7 +664,7 @@ class Broker:
             if not self._due():
                 return self._neighbours.serve(interval, cleared=False, market_time_s=self.market_time_s)
             # Neighbours' lines of single sources come before own lines of groups, which others can fill too.
-            clearing = self._cycle.clear(with_groups=not self._signers)
+            clearing = self._cycle.clear(with_groups=self._own_groups_first or not self._signers)
             self._refill = False
             self._neighbours.begin(interval, clearing, self._cycle)
             return True

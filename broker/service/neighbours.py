@@ -14,6 +14,7 @@ from typing import Final, Protocol
 
 from broker.ledger.operations import Transfer
 from broker.market.clearing import Clearing
+from broker.market.forecast import expected_surplus
 from broker.market.lots import Lot
 from broker.market.mix import apportion
 from broker.market.rounds import (
@@ -30,6 +31,7 @@ from broker.market.sourcing import NeighbourOffer, PlannedOrder, RequesterState,
 from broker.market.statements import Flow
 from broker.market.stock import HeldSlice, Stock
 from broker.market.tariff import Tariff
+from broker.market.windows import DAY_S
 from broker.protocol import cbor, messages
 from broker.protocol.envelope import parse
 from broker.protocol.limits import MAX_INTEGER
@@ -47,7 +49,7 @@ from broker.protocol.messages import (
 from broker.protocol.sources import Source, SourceGroup
 from broker.protocol.topics import Topics
 from broker.service.batches import BatchDesk
-from broker.service.orders_in import Keeps, OrdersIn, PartnerPolicy, can_be_passed_on, transfer_row
+from broker.service.orders_in import OrdersIn, PartnerPolicy, can_be_passed_on, transfer_row
 from broker.service.orders_out import OrdersOut, Parent
 from broker.service.outputs import Identity, Outputs
 from broker.service.store import BatchKind, BatchRow, BrokerStore, OrderInRow, OrderOutRow
@@ -89,13 +91,12 @@ class Neighbours:
         tariff: Tariff,
         *,
         passes_on: bool,
-        keeps: Keeps,
         is_own_device: Callable[[str], bool],
         jitter: Callable[[], int],
     ) -> None:
         """`policies` has every neighbour. `passes_on`: ask others for what neighbours want and is not here.
 
-        `keeps` says what own consumers will need, `jitter` gives 0 to 255 at random.
+        `jitter` gives 0 to 255 at random.
         """
         self._identity = identity
         self._calendar = calendar
@@ -110,9 +111,7 @@ class Neighbours:
         self._tariff = tariff
         self._passes_on = passes_on
         self._out = OrdersOut(identity, calendar, topics, store, desk, outputs, jitter)
-        self._in = OrdersIn(
-            identity, calendar, topics, store, stock, desk, outputs, policies, tariff, keeps, is_own_device
-        )
+        self._in = OrdersIn(identity, calendar, topics, store, stock, desk, outputs, policies, tariff, is_own_device)
         self._own: tuple[int, Heard | None] | None = None
         """Start of an interval, and this broker's newest announcement about it."""
         self._renewed: set[tuple[str, Source]] = set()
@@ -367,7 +366,7 @@ class Neighbours:
         for key in [(name, source) for name in speaking for source in Source]:
             if key not in offers or not offers[key].energy_wh:
                 exhausted.add(key)
-        board = _Board(offers, [], exhausted)
+        board = _Board(offers, [], exhausted, self._expected(interval.start_s))
         planned = self._plan_own(interval, clearing, [], board, with_groups=True)
         for plan in planned:
             self._out.send(*_named(plan), interval, None, now_s)
@@ -389,7 +388,7 @@ class Neighbours:
             key = (offer.neighbour, offer.source)
             if offer.energy_wh and (key not in newest or newest[key].seen_wh):
                 exhausted.discard(key)
-        return _Board(self._offers(start_s), through, exhausted)
+        return _Board(self._offers(start_s), through, exhausted, self._expected(start_s))
 
     def _offers_through(self, start_s: int) -> list[NeighbourOffer]:
         """What neighbours say that they could pass on, less what came from others.
@@ -424,7 +423,20 @@ class Neighbours:
             parts_wh = apportion(min(offer.energy_wh, sum(wants_wh)), wants_wh)
             for board, part_wh in zip(shared, parts_wh, strict=True):
                 board[neighbour, source] = replace(offer, energy_wh=part_wh)
-        return [_Board(board, [], exhausted) for board in shared]
+        expected = self._expected(start_s)
+        return [_Board(board, [], exhausted, expected) for board in shared]
+
+    def _expected(self, start_s: int) -> dict[tuple[str, Source], int]:
+        """Wh that neighbours forecast, the day before, to have left of the interval; where that is anything."""
+        interval = Interval(start_s, start_s + self._calendar.interval_s)
+        expected = {}
+        for neighbour, payload in self._store.heard(start_s - start_s % DAY_S, MessageType.FORECAST).items():
+            forecast = messages.Forecast.from_payload(payload)
+            for source in Source if neighbour in self._policies else ():
+                energy_wh = expected_surplus(forecast, source, interval)
+                if energy_wh:
+                    expected[neighbour, source] = energy_wh
+        return expected
 
     def _announced(self, start_s: int) -> list[NeighbourOffer]:
         """What neighbours announced of an interval."""
@@ -709,17 +721,19 @@ class Neighbours:
 
 
 class _Board:
-    """What a plan draws from: what neighbours offer, have through others, and who has nothing."""
+    """What a plan draws from: what neighbours offer, have through others and forecast, and who has nothing."""
 
     def __init__(
         self,
         offers: dict[tuple[str, Source], NeighbourOffer],
         through: Sequence[NeighbourOffer],
         exhausted: set[tuple[str, Source]],
+        expected_wh: dict[tuple[str, Source], int],
     ) -> None:
         self.offers = offers
         self.through = through
         self.exhausted = exhausted
+        self.expected_wh = expected_wh
 
     def plan(
         self,
@@ -731,7 +745,9 @@ class _Board:
     ) -> tuple[PlannedOrder, ...]:
         """Whom to ask, as `plan_orders` says."""
         offers = tuple(self.offers.values())
-        return plan_orders(shortages, groups, candidates, offers, prices, self.exhausted, trust_ppm, self.through)
+        return plan_orders(
+            shortages, groups, candidates, offers, prices, self.exhausted, trust_ppm, self.through, self.expected_wh
+        )
 
 
 def _stock_message(broker: str, interval: Interval, offers: Mapping[Source, tuple[int, int]]) -> messages.Stock:

@@ -36,9 +36,6 @@ from broker.service.store import BatchKind, BatchRow, BrokerStore, OrderInRow, T
 MAX_OPEN_ORDERS_IN: Final = 4_096
 """Orders of all neighbours that wait to be served; more are refused, so that a flood costs its sender."""
 
-Keeps = Callable[[Interval], Mapping[Source, int]]
-"""What own consumers will still need of an interval's energy, by source: so much is not sold to neighbours."""
-
 
 @dataclass(frozen=True, slots=True)
 class PartnerPolicy:
@@ -71,7 +68,6 @@ class OrdersIn:
         outputs: Outputs,
         policies: Mapping[str, PartnerPolicy],
         tariff: Tariff,
-        keeps: Keeps,
         is_own_device: Callable[[str], bool],
     ) -> None:
         """`is_own_device`: whether a device's energy comes to this broker from its provider."""
@@ -84,7 +80,6 @@ class OrdersIn:
         self._outputs = outputs
         self._policies = policies
         self._tariff = tariff
-        self._keeps = keeps
         self._is_own_device = is_own_device
         # What is under way, so that a turn without any neighbour's business costs no query.
         self._received = {_key(row) for row in self._in_state(SupplierState.RECEIVED)}
@@ -200,8 +195,7 @@ class OrdersIn:
         return wishes
 
     def _shelves(self, interval: Interval, *, with_bought: bool) -> _Shelves:
-        """What can be sold: nothing that a provider keeps for consumers of this broker, and the cheapest stays for them
-        as far as they will need it. Takes nothing.
+        """What can be sold: nothing that a provider keeps for consumers of this broker. Takes nothing.
 
         Between two rounds of orders what was bought is for own consumers, who get it when the round is over. If it were
         sold, it would depend on what comes first: the energy or somebody's order.
@@ -212,14 +206,10 @@ class OrdersIn:
                 continue
             price = self._tariff.for_neighbours(held.price)
             stocks.setdefault(held.source, {}).setdefault(price, Stock()).add(held)
-        kept_wh = dict(self._keeps(interval))
-        offered_wh: dict[Source, dict[int, int]] = {}
-        for source, by_price in stocks.items():
-            for price, shelf in sorted(by_price.items()):
-                here_wh = shelf.available(interval)[source]
-                kept = min(here_wh, kept_wh.get(source, 0))
-                kept_wh[source] = kept_wh.get(source, 0) - kept
-                offered_wh.setdefault(source, {})[price] = here_wh - kept
+        offered_wh = {
+            source: {price: shelf.available(interval)[source] for price, shelf in by_price.items()}
+            for source, by_price in stocks.items()
+        }
         return _Shelves(stocks, offered_wh)
 
     def offers(self, interval: Interval, *, with_bought: bool) -> dict[Source, tuple[int, int]]:

@@ -162,6 +162,7 @@ class BrokerService:
             config.market.highest_price,
             Tariff(config.market.consumer_margin, config.market.neighbour_margin),
             passes_on=config.market.passes_on,
+            own_groups_first=config.market.own_groups_first,
             jitter=lambda: random_bytes(1)[0],
             recovers=recovers,
         )

@@ -13,12 +13,11 @@ from scipy.optimize import linprog
 
 from broker.market.contracts import ShortageChoice
 from broker.market.partners import MAX_TIMEOUTS
-from broker.market.rounds import LAST_ROUND
 from broker.protocol.sources import Source
 from broker.service.store import BrokerStore, OrderInRow, OrderOutRow
 from simulation import audit
 from simulation.simulated_mqtt import Faults
-from simulation.world import GATE_2_S, INTERVAL_S, T0, Books, ConsumerPlan, DevicePlan, Plan, World
+from simulation.world import GATE_2_S, INTERVAL_S, T0, ConsumerPlan, DevicePlan, Plan, World
 
 FULL = os.environ.get("DENGEN_FULL") == "1"
 
@@ -96,6 +95,20 @@ def test_who_does_not_pass_on_refuses(folder: Path) -> None:
     books = world.run()
     audit.check(world, books)
     assert not books.bought_wh
+
+
+def test_who_orders_the_same_through_one_broker_gets_a_part_in_proportion(folder: Path) -> None:
+    """B1 has 300 Wh of wind and b3 as much; 800 and 400 Wh are ordered of b0 in the middle, and passed on."""
+    consumers = (
+        ConsumerPlan("anna", "b2", (("wind", 100),), (800,)),
+        ConsumerPlan("ben", "b4", (("wind", 100),), (400,)),
+    )
+    devices = tuple(DevicePlan(f"mill-{name}", "ola", name, Source.WIND, (300,)) for name in ("b1", "b3"))
+    plan = Plan(("b0", "b1", "b2", "b3", "b4"), "b0", consumers, devices, links=star(5))
+    world = World(plan, folder)
+    books = world.run()
+    audit.check(world, books)
+    assert books.delivered_wh == {("anna", T0, "wind"): 400, ("ben", T0, "wind"): 200}
 
 
 @pytest.mark.parametrize("seed", range(300 if FULL else 8))
@@ -257,6 +270,39 @@ def test_nothing_is_bought_for_gate_2_that_own_stock_can_do(folder: Path) -> Non
     assert books.delivered_wh == {("anna", T0, "hydro"): 200}
 
 
+@pytest.mark.parametrize("own_groups_first", [False, True])
+def test_who_comes_first_where_own_groups_would_take_what_a_neighbours_line_needs(
+    own_groups_first: bool, folder: Path
+) -> None:
+    """East has 300 Wh of wind. Anna there takes anything renewable, west's hydro too; ben at west needs wind."""
+    plan = Plan(
+        ("east", "west"),
+        "east",
+        (
+            ConsumerPlan("anna", "east", (("renewable", 100),), (300,)),
+            ConsumerPlan("ben", "west", (("wind", 100),), (200,)),
+        ),
+        (
+            DevicePlan("mill", "ola", "east", Source.WIND, (300,)),
+            DevicePlan("dam", "pia", "west", Source.HYDRO, (300,)),
+        ),
+    )
+    world = World(plan, folder)
+    for process in world.brokers.values():
+        market = replace(process.config.market, own_groups_first=own_groups_first)
+        process.config = replace(process.config, market=market)
+    books = world.run()
+    audit.check(world, books)
+    if own_groups_first:
+        assert books.delivered_wh == {("anna", T0, "wind"): 300}
+    else:
+        assert books.delivered_wh == {
+            ("anna", T0, "wind"): 100,
+            ("anna", T0, "hydro"): 200,
+            ("ben", T0, "wind"): 200,
+        }
+
+
 # The optimum
 
 
@@ -299,14 +345,13 @@ def optimum_wh(plan: Plan) -> int:
 
 
 @pytest.mark.parametrize("links", [ring(3), ring(5), star(5)], ids=["ring of 3", "ring of 5", "star of 5"])
-def test_at_least_99_percent_of_the_optimum_is_delivered(links: tuple[tuple[str, str], ...], folder: Path) -> None:
-    delivered_wh = best_wh = 0
-    for seed in range(60 if FULL else 5):
-        plan = random_plan(links, seed)
-        world = World(plan, folder / str(seed))
-        books: Books = world.run()
-        audit.check(world, books)
-        delivered_wh += sum(books.delivered_wh.values())
-        best_wh += optimum_wh(plan)
-    assert LAST_ROUND >= 4
+@pytest.mark.parametrize("seed", range(60 if FULL else 5))
+def test_at_least_99_percent_of_the_optimum_is_delivered(
+    links: tuple[tuple[str, str], ...], seed: int, folder: Path
+) -> None:
+    plan = random_plan(links, seed)
+    world = World(plan, folder)
+    books = world.run()
+    audit.check(world, books)
+    delivered_wh, best_wh = sum(books.delivered_wh.values()), optimum_wh(plan)
     assert 100 * delivered_wh >= 99 * best_wh, f"{delivered_wh} of {best_wh} Wh"

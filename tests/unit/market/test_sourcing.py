@@ -226,6 +226,17 @@ def test_of_two_alike_the_one_that_gave_more_before_is_asked() -> None:
     assert plan_orders({WIND: 50}, {}, ["east", "south"], [], LIMITS, (), trust) == (order("south", WIND, 50),)
 
 
+def test_where_nothing_is_announced_whoever_forecast_most_is_asked() -> None:
+    trust = {"east": 400_000, "south": 500_000}
+    expected_wh = {("east", WIND): 100}
+    planned = plan_orders({WIND: 50}, {}, ["east", "south"], [], LIMITS, (), trust, (), expected_wh)
+    assert planned == (order("east", WIND, 50),)
+    # What is announced counts more than what was expected.
+    offers = [NeighbourOffer("south", WIND, 50, 1)]
+    planned = plan_orders({WIND: 50}, {}, ["east", "south"], offers, LIMITS, (), trust, (), expected_wh)
+    assert planned == (order("south", WIND, 50),)
+
+
 def test_what_nobody_has_is_asked_of_who_knows_somebody() -> None:
     through = [offer("south", WIND, 90)]
     own = [offer("east", WIND, 20)]

@@ -42,6 +42,7 @@ def broker(store: BrokerStore) -> Broker:
         1_000,
         Tariff(),
         passes_on=True,
+        own_groups_first=False,
         jitter=lambda: 0,
     )
 
