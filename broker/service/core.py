@@ -276,6 +276,11 @@ class Broker:
             self.outputs.publish(topic, raw, retain=True)
         self._neighbours.send_again(now_s, reconnected=True)
         self._foresight.again()
+        self._cycle.tell_again()
+
+    def handed_over(self, *, connected: bool) -> None:
+        """What stood in `outputs` went out, or was dropped because there is no connection."""
+        self._cycle.handed_over(connected=connected)
 
     def send_again(self, now_s: float) -> None:
         """Repeat what is overdue in network time."""
@@ -627,6 +632,7 @@ class Broker:
         self._submit_statements()
         self._provide()
         self._foresight.keep_counted()
+        self._cycle.keep_told()
         if not self._may_decide:
             return
         self._withdrawals.advance(self._provide_by(0))

@@ -165,6 +165,11 @@ class Cycle:
         """The keys of `_open` by meter."""
         self._told: dict[bytes, list[tuple[str, bytes]]] = {}
         """By batch: sealed delivery messages with their meters, sent when the ledger has committed the batch."""
+        self._untold = store.untold()
+        """(start_s, meter) of demands that changed after their meters had been told: until the final word is sent."""
+        self._telling: set[tuple[int, str]] = set()
+        """Those of them whose final word goes out with this turn, and below, those whose final word has gone out."""
+        self._final_told: set[tuple[int, str]] = set()
         self._reported = 0
         self.current: Interval | None = None
         self.first_start_s = 0
@@ -332,9 +337,51 @@ class Cycle:
         return self._deliver_operation(self._short_demand(row), row.start_s, [])
 
     def tell(self, row: MessageRow) -> None:
-        """Send the meter what its demand has now."""
-        # QoS 1: an agent that has its delivery does not ask again, and would never hear that it has changed.
-        self._send_delivery(*self._sealed(self.delivery_for(row)), qos=1)
+        """Send the meter what its demand has now, and whatever comes of it, since it was told something else before.
+
+        An agent that has its delivery does not ask again. So who has to be told stands in the store, until the final
+        word was handed to a server.
+        """
+        key = row.start_s, row.meter
+        self._store.set_untold(*key)
+        self._untold.add(key)
+        self._final_told.discard(key)
+        self._tell_changed(row)
+
+    def tell_again(self) -> None:
+        """A new connection, perhaps after a restart: what was sent before may not have got out."""
+        self._telling.clear()
+        self._final_told.clear()
+        for start_s, meter in sorted(self._untold):
+            row = self._store.current_demand(start_s, meter)
+            # What the ledger may still refuse is told when it is committed.
+            if row is not None and not self._is_waiting(start_s):
+                self._tell_changed(row)
+
+    def handed_over(self, *, connected: bool) -> None:
+        """What this turn had to say went out, or was dropped because there is no connection."""
+        if connected:
+            self._final_told |= self._telling
+        self._telling.clear()
+
+    def keep_told(self) -> None:
+        """Note in the store who has been told the final word."""
+        if self._final_told:
+            self._store.set_told(self._final_told)
+            self._untold -= self._final_told
+            self._final_told = set()
+
+    def _tell_changed(self, row: MessageRow) -> None:
+        delivery = self.delivery_for(row)
+        if delivery.state is DeliveryState.FINAL:
+            self._telling.add((row.start_s, row.meter))
+        else:
+            self._telling.discard((row.start_s, row.meter))
+        self._send_delivery(*self._sealed(delivery), qos=1)
+
+    def _is_waiting(self, start_s: int) -> bool:
+        """True while the ledger has not answered to a delivery or close of that interval."""
+        return self._desk.waits_for(BatchKind.DELIVER, start_s) or self._desk.waits_for(BatchKind.CLOSE, start_s)
 
     def is_closed(self, start_s: int) -> bool:
         return self.current is not None and start_s < self.current.start_s
@@ -667,10 +714,21 @@ class Cycle:
         if batch.kind is BatchKind.DELIVER:
             told = self._told.pop(batch.batch_id, None)
             for meter, delivery in self._told_before(batch) if told is None else told:
-                self._send_delivery(meter, delivery)
+                changed = self._changed(batch.start_s, meter)
+                if changed is None:
+                    self._send_delivery(meter, delivery)
+                else:
+                    self._tell_changed(changed)
         elif batch.kind is BatchKind.CLOSE:
             for row in self._store.short_demands(batch.start_s):
-                self._send_delivery(*self._sealed(self.delivery_for(row)))
+                if (row.start_s, row.meter) in self._untold:
+                    self._tell_changed(row)
+                else:
+                    self._send_delivery(*self._sealed(self.delivery_for(row)))
+
+    def _changed(self, start_s: int, meter: str) -> MessageRow | None:
+        """The demand, if its meter was told something else of it before."""
+        return self._store.current_demand(start_s, meter) if (start_s, meter) in self._untold else None
 
     def _told_before(self, batch: BatchRow) -> list[tuple[str, bytes]]:
         """The deliveries of a batch that was made before a restart."""
@@ -740,7 +798,7 @@ class Cycle:
 
     def answer_again(self, row: MessageRow) -> None:
         """A demand came again: besides its receipt the meter gets what is known of its delivery."""
-        if self._desk.waits_for(BatchKind.DELIVER, row.start_s) or self._desk.waits_for(BatchKind.CLOSE, row.start_s):
+        if self._is_waiting(row.start_s):
             return  # The ledger may still refuse it. The meter is told when it is committed.
         if row.delivered_wh or self.is_closed(row.start_s):
             self._send_delivery(*self._sealed(self.delivery_for(row)))

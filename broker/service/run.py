@@ -290,6 +290,7 @@ class BrokerService:
             self._publish_busy()
         self._feed_ledger(submissions, answers)
         self._publish([*outputs, *self._certificates.publications()], answers)
+        self._broker.handed_over(connected=self._link.connected)
         self._publish_witness(now_s)
         for message in incoming:
             self._link.acknowledge(message)

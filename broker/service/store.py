@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 from broker.protocol import cbor
 from broker.protocol.messages import MessageType
 
-SCHEMA_VERSION: Final = 6
+SCHEMA_VERSION: Final = 7
 
 _SCHEMA: Final = """
 CREATE TABLE consumer (
@@ -56,6 +56,7 @@ CREATE TABLE delivery (
 ) WITHOUT ROWID;
 CREATE INDEX delivery_elsewhere ON delivery (asset_start_s, device) WHERE asset_start_s <> start_s;
 CREATE TABLE unsure (device TEXT NOT NULL, start_s INTEGER NOT NULL, PRIMARY KEY (device, start_s)) WITHOUT ROWID;
+CREATE TABLE untold (start_s INTEGER NOT NULL, meter TEXT NOT NULL, PRIMARY KEY (start_s, meter)) WITHOUT ROWID;
 CREATE TABLE carried (device TEXT PRIMARY KEY, energy_wh INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE taken_back (
     number INTEGER PRIMARY KEY, start_s INTEGER NOT NULL, meter TEXT NOT NULL, device TEXT NOT NULL,
@@ -601,6 +602,16 @@ class BrokerStore:
 
     def set_sure(self, device: str, start_s: int) -> None:
         self._db.execute("DELETE FROM unsure WHERE device = ? AND start_s = ?", (device, start_s))
+
+    def untold(self) -> set[tuple[int, str]]:
+        """(start_s, meter) of the demands whose meter may believe that it has what it has no longer."""
+        return set(self._db.execute("SELECT start_s, meter FROM untold").fetchall())
+
+    def set_untold(self, start_s: int, meter: str) -> None:
+        self._db.execute("INSERT OR IGNORE INTO untold VALUES (?, ?)", (start_s, meter))
+
+    def set_told(self, keys: Iterable[tuple[int, str]]) -> None:
+        self._db.executemany("DELETE FROM untold WHERE start_s = ? AND meter = ?", keys)
 
     def carried(self) -> dict[str, int]:
         """By own device: Wh that its next issue adds or, negative, takes off; as the ledger said last."""

@@ -2,17 +2,30 @@
 
 import random
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
 
 from broker.market.windows import Window
-from broker.protocol.messages import Quality, ReceiptStatus
+from broker.protocol.messages import DeliveryState, Quality, ReceiptStatus
 from broker.protocol.sources import Source
+from broker.service.store import BrokerStore
 from simulation import audit
 from simulation.plans import PAIR
 from simulation.simulated_mqtt import Faults
-from simulation.world import GATE_1_S, GATE_2_S, INTERVAL_S, T0, ConsumerPlan, DevicePlan, Plan, World
+from simulation.world import (
+    GATE_1_S,
+    GATE_2_S,
+    INTERVAL_S,
+    T0,
+    BrokerProcess,
+    ConsumerPlan,
+    DevicePlan,
+    Killed,
+    Plan,
+    World,
+)
 
 MINUTE_S = 60
 SMALL = Plan(
@@ -150,6 +163,39 @@ def test_a_reading_is_corrected_at_any_time_and_to_any_amount(folder: Path, at_s
     assert books.kept_wh.get(("east", T0, "wind"), 0) == max(0, energy_wh - 400)
     assert books.unmatched_wh["anna", T0] + books.unmatched_wh["ben", T0] == max(0, 400 - energy_wh)
     assert not any(accounts.carried_wh.values())
+
+
+class KilledBeforeItTells(World):
+    """A broker is killed once, before the message of that number since it has had to tell of a loss."""
+
+    kill_before: int
+    messages = 0
+
+    def _moment(self, process: BrokerProcess, what: str) -> None:
+        super()._moment(process, what)
+        if what == "publish" and process.service is not None and process.service._broker._cycle._untold:
+            self.messages += 1
+            if self.messages == self.kill_before:
+                raise Killed
+
+
+def test_a_loss_is_told_whenever_the_broker_is_killed_after_it_is_on_record(folder: Path) -> None:
+    for kill_before in count(1):
+        world = KilledBeforeItTells(SMALL, folder / str(kill_before))
+        world.kill_before = kill_before
+        correct(world, "mill", 0, 1, 150, GATE_2_S + MINUTE_S)
+        books = world.run(T0 + 3 * INTERVAL_S)
+        audit.check(world, books)
+        for meter in ("anna", "ben"):
+            told = world.meters[meter].final[T0]
+            assert sum(line.energy_wh for line in told.lines) == given_wh(books, meter, T0), kill_before
+            assert (told.unmatched_wh, told.state) == (books.unmatched_wh[meter, T0], DeliveryState.FINAL), kill_before
+        store = BrokerStore(world.brokers["east"].config.database)
+        assert store.untold() == set()
+        store.close()
+        if world.messages < kill_before:
+            break  # Every moment there is has been tried.
+    assert kill_before > 10
 
 
 def test_what_a_correction_withdraws_is_delivered_again_from_what_is_left(folder: Path) -> None:
