@@ -71,6 +71,7 @@ class Fault(StrEnum):
     ORDER_SUPPLIER = "order_supplier"
     ORDER_PATH = "order_path"
     ORDER_LOOP = "order_loop"
+    ORDER_PARENT = "order_parent"
     ORDER_BROKER = "order_broker"
     ORDER_SOURCE = "order_source"
     ORDER_INTERVAL = "order_interval"

@@ -321,7 +321,10 @@ class Author:
         energy_wh = part.to_wh - part.from_wh + self._choices.number(0, 6)
         not_after_s = start_s + INTERVAL_S * self.pick((1, 2, 3)) + 600
         order_id = self.pick(ORDER_IDS)
-        said = Order(order_id, buyer, source, start_s, start_s + INTERVAL_S, energy_wh, 150, not_after_s, path)
+        # Now and then one without the parent that it needs, or with one that it cannot have.
+        parent = self.pick(ORDER_IDS) if (len(path) == 3) is not self.one_in(15) else None
+        end_s = start_s + INTERVAL_S
+        said = Order(order_id, buyer, source, start_s, end_s, energy_wh, 150, not_after_s, path, parent)
         signed = self._by_party(model, said, buyer)
         self._orders.append(signed)
         return signed

@@ -663,6 +663,8 @@ class Model:
             yield "order_path"
         if len(said.path) > len(frozenset(said.path)):
             yield "order_loop"
+        if bool(said.parent) is not (len(said.path) > 2):
+            yield "order_parent"
         if not all(self.is_broker(name) for name in said.path[:-1]):
             yield "order_broker"
         device = self.admissions.get(move.asset.device)

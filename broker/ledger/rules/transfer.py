@@ -122,6 +122,9 @@ def _require_path(step: Step, order: Order) -> None:
     # Energy that comes back to who asked for it would count as trade twice and serve nobody.
     if len(set(order.path)) != len(order.path):
         raise Refused(Fault.ORDER_LOOP, f"a broker stands twice in the path {' → '.join(order.path)}; ask another one")
+    # A longer path without the order that it stands for, or such an order without its asker, can be led back by nobody.
+    if (order.parent is None) != (len(order.path) == 2):
+        raise Refused(Fault.ORDER_PARENT, "an order names a parent where its path has three brokers, and only there")
     # Who passes an order on says for whom, and no invented name may stand there. In a path of two this is the requester
     # itself, a broker since it receives. The supplier need be none: a provider may sell what it owns to a broker.
     first: PartyRow | None = step.overlay.get((PARTY, order.path[0]))

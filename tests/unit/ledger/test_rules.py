@@ -149,7 +149,7 @@ def test_energy_goes_back_along_the_path_of_an_order_that_was_passed_on() -> Non
     world = World.set_up()
     world.apply(register("b3"), by="b3")
     world.apply(issue("solar-1", 300), take("solar-1", 0, 300))
-    passed_on = seal(order(path=("b3", "b2", "b1")), "b2")
+    passed_on = seal(order(path=("b3", "b2", "b1"), parent=b"p" * 16), "b2")
     asked = seal(order(order_id=b"p" * 16, requester="b3", path=("b3", "b2")), "b3")
     with pytest.raises(RuleViolation) as caught:
         world.apply(sell("solar-1", 0, 300, asked, receiver="b3"))
