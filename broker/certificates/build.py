@@ -197,7 +197,10 @@ class _Builder:
                         self._statements.append(proven)
         missing = devices - set(self._device_numbers)
         if missing:
-            raise CertificateError(f"the admission of {', '.join(sorted(missing))} was not found on the ledger")
+            raise CertificateError(
+                f"the admission of {', '.join(sorted(missing))} was not found on the ledger; a copy that was restored"
+                " from a snapshot does not have what happened before it, so name a full one"
+            )
         return keys
 
     # --- Intervals

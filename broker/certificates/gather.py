@@ -7,7 +7,7 @@ moment.
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from broker.certificates.build import CertificateError, Found, build_certificate
@@ -24,7 +24,7 @@ from broker.ledger.proofs import ProvenOperation
 from broker.ledger.proving import Prover
 from broker.ledger.rules.step import clock_of
 from broker.ledger.rules.validators import validators_now
-from broker.ledger.state import CLOSED, SLICE, ClosedRow, SliceRow, asset_key
+from broker.ledger.state import CLOSED, DEMAND, SLICE, ClosedRow, SliceRow, asset_key
 from broker.ledger.store import FILE_NAME, LedgerError, Store
 from broker.ledger.trust import read_trust, trust_of
 from broker.protocol.keys import PrivateKey, public_key_from_cose
@@ -119,6 +119,7 @@ class _Search:
                 " later"
             )
         names = self._pseudonyms()
+        self._require_recorded(names)
         deliveries = [proven for start_s, name in names.items() for proven in self._deliveries(start_s, name)]
         if not deliveries:
             raise CertificateError(
@@ -160,6 +161,22 @@ class _Search:
                 day, k_day = day_of(start_s), day_key(self._consumer.secret, day_of(start_s))
             names[start_s] = pseudonym(interval_key(k_day, start_s), key_id)
         return names
+
+    def _require_recorded(self, names: Mapping[int, bytes]) -> None:
+        """Every demand must be on the ledger: a certificate without the ones that got nothing would say too much.
+
+        One of a longer window that was given nothing yet comes there at its end, a late one with the next close.
+        """
+        for start_s, name in names.items():
+            demand = self._store.current_demand(start_s, self._consumer.meter)
+            if demand is None or not demand.energy_wh or demand.refusal is not None:
+                continue
+            if self._ledger.get((DEMAND, start_s, name)) is None:
+                until = "the next close" if demand.open_until_s is None else utc_text(demand.open_until_s)
+                raise CertificateError(
+                    f"the demand at {utc_text(start_s)} is still open and has been given nothing yet; ask for a period"
+                    f" without it, or again after {until}"
+                )
 
     def _deliveries(self, start_s: int, name: bytes) -> Iterator[ProvenOperation]:
         for proven in self._operations.at(self._index.deliveries(start_s, name)):

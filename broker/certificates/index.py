@@ -10,7 +10,7 @@ It may be removed at any time and is made anew then. Whatever is found by it is 
 
 import sqlite3
 from collections.abc import Iterable, Iterator
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -131,7 +131,7 @@ class LedgerIndex:
         try:
             before = self._progress(ledger)
             height = before
-            for height, block_id, raw in ledger.blocks(before + 1, before + _BLOCKS_AT_ONCE):
+            for height, block_id, raw in islice(ledger.blocks(before + 1), _BLOCKS_AT_ONCE):
                 self._take_in_block(height, Block.from_payload(parse(raw).payload))
                 progress = self._genesis, height, block_id
             if height > before:

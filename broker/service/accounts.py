@@ -6,19 +6,20 @@ a consumer pays does not: there the broker's record says the price, and the ledg
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from broker.ledger import inspect
-from broker.ledger.operations import Deliver, Transfer
+from broker.ledger.operations import AssetId, Deliver, Transfer
+from broker.ledger.state import AssetRow, asset_key
 from broker.market.statements import Account, Books, Flow, Trade, account_of, books_of
 from broker.market.windows import Span, Window, window_span
 from broker.protocol.envelope import parse
 from broker.protocol.market_time import Interval
-from broker.protocol.messages import Genesis, MessageType, Order
+from broker.protocol.messages import Carrier, Genesis, MessageType, Order
 from broker.protocol.sources import Source
 from broker.service.store import BrokerStore, IntervalState, SettledRow
 
@@ -220,6 +221,7 @@ def ledger_faults(
         cursor = store.ledger_cursor()
         height = 0 if cursor is None else cursor[0]
         recorded: Counter[_Moved | _Given] = Counter(_recorded_transfers(store, span, flows, party))
+        withdrawn_wh = _recorded_withdrawals(store, recorded)
         meters: dict[tuple[int, bytes], str] = {}
         if Flow.DELIVERED in flows:
             meters = {
@@ -255,6 +257,7 @@ def ledger_faults(
         faults.append(f"{path} ends at height {reached}, this broker has followed to {height}; get a newer copy")
     faults += [f"not on the ledger: {entry}" for entry in sorted(map(str, (recorded - on_ledger).elements()))]
     faults += [f"not in the database: {entry}" for entry in sorted(map(str, (on_ledger - recorded).elements()))]
+    faults += _withdrawal_faults(path, height, withdrawn_wh)
     return tuple(faults[:MAX_FAULTS])
 
 
@@ -264,6 +267,37 @@ def _recorded_transfers(store: BrokerStore, span: Span, flows: Sequence[Flow], p
             if party in (None, row.party):
                 named = row.device, row.asset_start_s, row.asset_revision, row.from_wh, row.to_wh
                 yield _Moved(flow, row.party, *named, row.price, row.order_id)
+
+
+def _recorded_withdrawals(store: BrokerStore, transfers: Iterable[_Moved | _Given]) -> dict[AssetId, int]:
+    """Wh of each of these assets that the database knows to be withdrawn, from whomever."""
+    assets = {
+        AssetId(entry.device, Carrier.ELECTRICITY, entry.start_s, entry.revision)
+        for entry in transfers
+        if isinstance(entry, _Moved)
+    }
+    return {
+        asset: sum(
+            to_wh - from_wh
+            for revision, from_wh, to_wh in store.withdrawn(asset.device, asset.start_s)
+            if revision == asset.revision
+        )
+        for asset in sorted(assets, key=asset_key)
+    }
+
+
+def _withdrawal_faults(path: Path, height: int, recorded_wh: dict[AssetId, int]) -> Iterator[str]:
+    """Where corrections took other Wh than are credited. What came after `height` may have taken more."""
+    with inspect.opened(path) as ledger:
+        goes_on = ledger.height() > height
+        for asset, energy_wh in recorded_wh.items():
+            row: AssetRow | None = ledger.get(asset_key(asset))
+            withdrawn_wh = 0 if row is None else row.withdrawn_wh
+            if energy_wh > withdrawn_wh or (energy_wh < withdrawn_wh and not goes_on):
+                yield (
+                    f"withdrawn of {asset.device} at {asset.start_s}, revision {asset.revision}: {withdrawn_wh} Wh on"
+                    f" the ledger, {energy_wh} in the database"
+                )
 
 
 def _recorded_deliveries(

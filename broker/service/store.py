@@ -1057,6 +1057,14 @@ class BrokerStore:
         )
         self._db.executemany("INSERT INTO withdrawn VALUES (?, ?, ?, ?, ?)", rows)
 
+    def withdrawn(self, device: str, asset_start_s: int) -> list[tuple[int, int, int]]:
+        """(revision, from_wh, to_wh) of a device's interval that is known here to be withdrawn."""
+        return self._db.execute(
+            "SELECT asset_revision, from_wh, to_wh FROM withdrawn WHERE asset_start_s = ? AND device = ?"
+            " ORDER BY asset_revision, from_wh",
+            (asset_start_s, device),
+        ).fetchall()
+
     def settled_withdrawals(self, flow: int, since_s: int, until_s: int) -> Iterator[SettledRow]:
         """What corrections withdrew of transfers of one kind, of assets whose interval begins in `[since_s, until_s)`.
 

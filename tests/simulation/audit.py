@@ -8,11 +8,14 @@ import json
 from collections import Counter
 from dataclasses import dataclass, field
 
+import pytest
 from support.ledger_world import key
 
+from broker.certificates.build import CertificateError
 from broker.certificates.gather import issue_certificate
 from broker.certificates.verify import verify_certificate
 from broker.ledger.embedded import EmbeddedLedger
+from broker.ledger.inspect import demands as demands_on_ledger
 from broker.ledger.operations import (
     Close,
     Correct,
@@ -121,7 +124,7 @@ def check(world: World, books: Books) -> Accounts:
 def check_certificates(world: World, books: Books) -> dict[str, bytes]:
     """Every consumer's certificate of all that its broker has closed is what books, statement and ledger say.
 
-    Returns them by meter; a consumer without any demand has none.
+    Returns them by meter; a consumer without any demand has none, nor has one who waits for a whole interval's energy.
     """
     issued = {}
     for plan in world.plan.consumers:
@@ -132,6 +135,10 @@ def check_certificates(world: World, books: Books) -> dict[str, bytes]:
             if start_s < until_s
         }
         if not any(demanded_wh.values()):
+            continue
+        if _has_open_demand(world, plan.meter, plan.broker, until_s):
+            with pytest.raises(CertificateError, match="is still open and has been given nothing yet"):
+                certificate_of(world, plan.meter, plan.broker, until_s)
             continue
         raw = certificate_of(world, plan.meter, plan.broker, until_s)
         issued[plan.meter] = raw
@@ -190,6 +197,15 @@ def _closed_until_s(world: World, broker: str) -> int:
     store.close()
     assert closed_s is not None
     return closed_s + INTERVAL_S
+
+
+def _has_open_demand(world: World, meter: str, broker: str, until_s: int) -> bool:
+    """True if a demand with a longer window has not come to the ledger, since nothing was delivered to it yet."""
+    on_ledger = {(demand.start_s, demand.pseudonym) for demand in demands_on_ledger(world.folder / "ledger")}
+    store = BrokerStore(world.brokers[broker].config.database)
+    rows = [row for row in store.open_demands() if row.meter == meter and row.start_s < until_s]
+    store.close()
+    return any((row.start_s, row.pseudonym) not in on_ledger for row in rows)
 
 
 def _demanded_wh(world: World, meter: str, broker: str) -> dict[int, int]:

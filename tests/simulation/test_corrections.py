@@ -1,5 +1,6 @@
 """Demands and readings that turn out to have been another amount, with brokers that are killed on the way."""
 
+import os
 import random
 from dataclasses import replace
 from itertools import count
@@ -12,7 +13,7 @@ from broker.protocol.messages import DeliveryState, Quality, ReceiptStatus
 from broker.protocol.sources import Source
 from broker.service.store import BrokerStore
 from simulation import audit
-from simulation.plans import PAIR
+from simulation.plans import PAIR, TRIO
 from simulation.simulated_mqtt import Faults
 from simulation.world import (
     GATE_1_S,
@@ -27,6 +28,7 @@ from simulation.world import (
     World,
 )
 
+FULL = os.environ.get("DENGEN_FULL") == "1"
 MINUTE_S = 60
 SMALL = Plan(
     ("east",),
@@ -268,6 +270,26 @@ def random_reading_corrections(world: World, seed: int) -> None:
 def test_readings_corrected_at_random_with_brokers_killed_end_with_right_totals(folder: Path, seed: int) -> None:
     faults = Faults(lost=20, doubled=20, reordered=20)
     world = World(PAIR, folder, seed, faults=faults, kills=8, disconnects=4)
+    random_reading_corrections(world, seed)
+    random_demand_corrections(world, seed)
+    books = world.run(T0 + 12 * INTERVAL_S)
+    audit.check(world, books)
+    audit.check_certificates(world, books)
+
+
+@pytest.mark.parametrize("seed", range(200, 260) if FULL else range(200, 206))
+def test_histories_with_windows_deadlines_and_corrections_balance_and_are_certified(folder: Path, seed: int) -> None:
+    """`audit.check` holds every statement of every party against each other and the ledger, in three periods."""
+    chooser = random.Random(seed)
+    plan = chooser.choice((PAIR, TRIO))
+    windows = tuple(replace(one, choices={"window": chooser.choice(list(Window))}) for one in plan.consumers)
+    faults = Faults(lost=10, doubled=10, reordered=10)
+    world = World(
+        replace(plan, consumers=windows), folder, seed, faults=faults, kills=chooser.randrange(4), disconnects=2
+    )
+    if chooser.random() < 0.5:
+        world.genesis = replace(world.genesis, correction_deadline_s=INTERVAL_S * chooser.randrange(1, 4))
+        (folder / "genesis.cbor").write_bytes(world.genesis.to_bytes())
     random_reading_corrections(world, seed)
     random_demand_corrections(world, seed)
     books = world.run(T0 + 12 * INTERVAL_S)

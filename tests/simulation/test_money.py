@@ -148,6 +148,25 @@ def test_what_is_withdrawn_is_credited_by_everyone_that_it_went_through(folder: 
     assert [taken_back for _, taken_back in ben] == [False, True]
 
 
+def test_a_withdrawal_that_is_credited_otherwise_than_the_ledger_has_it_is_named(folder: Path) -> None:
+    world = World(PAIR, folder)
+    world.send("mill", world.meter_value("mill", T0, 200, revision=1), T0 + 3 * INTERVAL_S)
+    world.run(T0 + 7 * INTERVAL_S)
+
+    def faults() -> tuple[str, ...]:
+        return in_store(
+            world, "west", lambda store: ledger_faults(store, world.genesis, "west", folder / "ledger", WHOLE)
+        )
+
+    assert faults() == ()
+    (gone,) = in_store(world, "west", lambda store: store.withdrawn("mill", T0))
+    assert gone == (0, 200, 900)
+    in_store(world, "west", lambda store: store.add_withdrawn("mill", T0, [(0, 201, 900)]))
+    assert faults() == (f"withdrawn of mill at {T0}, revision 0: 700 Wh on the ledger, 699 in the database",)
+    in_store(world, "west", lambda store: store.add_withdrawn("mill", T0, [(0, 199, 900)]))
+    assert faults() == (f"withdrawn of mill at {T0}, revision 0: 700 Wh on the ledger, 701 in the database",)
+
+
 def test_what_costs_more_than_an_orders_limit_is_not_sold(folder: Path) -> None:
     """A margin puts all of east's wind above what west pays."""
     world = run(PAIR, folder, neighbour_margin=1_000_000)

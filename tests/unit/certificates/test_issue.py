@@ -131,6 +131,25 @@ def test_what_is_not_closed_yet_is_not_certified(served: DiskBroker) -> None:
     assert served.certificate(T0, T0 + 2 * INTERVAL_S)
 
 
+def test_a_demand_that_is_still_open_and_has_got_nothing_is_not_left_out(served: DiskBroker) -> None:
+    """It would make the share that was matched look larger. One with a longer window comes to the ledger at its end."""
+    third_s = T0 + 2 * INTERVAL_S
+    served.demand(third_s, 10)
+    served.commit(served.close_of(third_s))
+    with pytest.raises(CertificateError, match=r"still open and has been given nothing yet.*after the next close"):
+        served.certificate(T0, third_s + INTERVAL_S)
+    served.store.begin()
+    served.store.set_open_until([(T0 + DAY_S, third_s, METER, 0)])
+    served.store.commit()
+    with pytest.raises(CertificateError, match="again after 2023-11-15T00:00:00Z"):
+        served.certificate(T0, third_s + INTERVAL_S)
+    assert served.certificate(T0, third_s)
+    served.store.begin()
+    served.store.refuse_message(third_s, METER, MessageType.DEMAND, 0, "it came too late")
+    served.store.commit()
+    assert served.certificate(T0, third_s + INTERVAL_S)
+
+
 def test_a_demand_that_came_after_the_close_waits_for_the_next_close(served: DiskBroker) -> None:
     raw = demand_of(T0 + INTERVAL_S, 60, 0)
     served.store.begin()

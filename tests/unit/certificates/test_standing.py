@@ -8,17 +8,34 @@ from pathlib import Path
 import pytest
 from support.broker_on_disk import DiskBroker
 from support.certificate_world import BROKER, METER, name_of, trust_in
-from support.ledger_world import GENESIS, INTERVAL_S, T0, asset, correct, genesis, key, revoke, rotate
+from support.ledger_world import (
+    GENESIS,
+    INTERVAL_S,
+    T0,
+    World,
+    asset,
+    batch,
+    correct,
+    genesis,
+    issue,
+    key,
+    revoke,
+    rotate,
+    take,
+)
 
+from broker.certificates.build import CertificateError
 from broker.certificates.contents import totals_of
 from broker.certificates.document import Certificate, read_certificate, seal_certificate
-from broker.certificates.standing import Standing, standing_in
+from broker.certificates.gather import issue_certificate
+from broker.certificates.standing import Standing, settled_until_s, standing_in
 from broker.certificates.verify import verify_certificate
 from broker.cli import main
 from broker.ledger.backup import backup_ledger
 from broker.ledger.embedded import EmbeddedLedger
 from broker.ledger.operations import CorrectDemand, ReturnedSlice
-from broker.ledger.store import LedgerError
+from broker.ledger.snapshot import restore_snapshot, take_snapshot
+from broker.ledger.store import FILE_NAME, LedgerError, Store
 from broker.ledger.trust import trust_of
 
 TRUST = trust_in(GENESIS)
@@ -171,3 +188,38 @@ def test_verify_with_a_ledger_on_the_command_line(served: DiskBroker, capsys: py
     # Without the ledger it is true at its height.
     assert main(verify[:-2]) == 0
     assert METER in capsys.readouterr().out
+
+
+def test_without_a_mandate_nothing_is_ever_settled(served: DiskBroker) -> None:
+    """Then no market clock says that corrections of the device come too late."""
+    state = World.set_up().state
+    assert settled_until_s(state, BROKER, [("solar-1", T0)]) == 0, "b1 has closed nothing"
+    served.commit(served.close_of(T0 + 31 * 86_400), not_after_s=T0 + 32 * 86_400)
+    store = Store.open_read_only(served.folder / "ledger" / FILE_NAME)
+    assert settled_until_s(store, BROKER, [("solar-1", T0)]) == T0 + 31 * 86_400 + INTERVAL_S
+    assert settled_until_s(store, BROKER, [("solar-1", T0), ("solar-1", T0 - INTERVAL_S)]) == 0
+    store.close()
+
+
+def test_a_copy_restored_from_a_snapshot_is_indexed_from_there_and_says_what_it_lacks(
+    served: DiskBroker, tmp_path: Path
+) -> None:
+    take_snapshot(served.folder / "ledger", tmp_path / "snapshot")
+    restore_snapshot(tmp_path / "snapshot", tmp_path / "restored")
+    ledger = EmbeddedLedger(tmp_path / "restored", GENESIS, "node", key("node"))
+    third_s = T0 + 2 * INTERVAL_S
+    served.demand(third_s, 30)
+    raw = batch(
+        issue("wind-1", 30, third_s),
+        take("wind-1", 0, 30, start_s=third_s),
+        served.deliver(third_s, 30, ("wind-1", 0, 30)),
+        served.close_of(third_s),
+    )
+    assert ledger.submit(raw) is None
+    assert ledger.commit().blocks
+    ledger.close()
+    with pytest.raises(CertificateError, match=r"admission of wind-1 was not found .* name a full one"):
+        issue_certificate(
+            *(served.store, tmp_path / "restored", tmp_path / "index.db", GENESIS, BROKER, key(BROKER), METER),
+            *((third_s, third_s + INTERVAL_S), third_s, (), "none"),
+        )
