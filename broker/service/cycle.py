@@ -30,7 +30,7 @@ from broker.market.clearing import GROUPS, Clearing, OpenDemand, Taken, fill_lin
 from broker.market.contracts import History, history_start
 from broker.market.lots import Lot
 from broker.market.matching import are_plain, clear_lots
-from broker.market.mix import quotas
+from broker.market.mix import apportion, quotas
 from broker.market.stock import AssetKey, HeldSlice, Stock
 from broker.market.tariff import Tariff
 from broker.market.windows import Span, window_span
@@ -98,9 +98,16 @@ class ShortDemand:
         if not with_groups:
             lines = self.version.contract.lines
             single = [not isinstance(line.target, SourceGroup) for line in lines]
-            quotas_wh = tuple([wh if own else 0 for wh, own in zip(quotas_wh, single, strict=True)])
-            energy_wh = sum(quotas_wh)
+            pledged = dict(self.pledged)
+            open_wh = [pledged.get(line, 0) if own else 0 for line, own in enumerate(single)]
+            # Where lines were raised above their quotas or substitutes came, less is open than the quotas say.
+            rest_wh = max(0, energy_wh - sum([item.energy_wh for item in taken]))
+            if sum(open_wh) > rest_wh:
+                open_wh = apportion(rest_wh, open_wh)
             taken = [item for item in taken if item.line != NO_LINE and single[item.line]]
+            for item in taken:
+                open_wh[item.line] += item.energy_wh
+            quotas_wh, energy_wh = tuple(open_wh), sum(open_wh)
         return OpenDemand(
             self.row.meter,
             energy_wh,
