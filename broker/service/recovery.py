@@ -40,7 +40,7 @@ from broker.protocol.sources import Source
 from broker.service.batches import BatchDesk
 from broker.service.orders_in import transfer_row
 from broker.service.outputs import Identity, Outputs
-from broker.service.pseudonyms import interval_key, pseudonym
+from broker.service.pseudonyms import day_key, day_of, interval_key, pseudonym
 from broker.service.registry import Account, Consumer, ContractVersion, Registry
 from broker.service.store import (
     BatchKind,
@@ -242,12 +242,10 @@ class Recovery:
         """Whose pseudonym it is, None if nobody's who is known here."""
         if self._aliases_of != start_s:
             self._aliases, self._aliases_of = {}, start_s
-            # Each of them once an interval, which is what a broker does for their demands anyhow.
+            # Past the registry: it would read everybody's contracts for the few that are needed.
             for row in self._store.consumers():
-                consumer = self._registry.consumer(row.meter)
-                if consumer is not None:
-                    k_interval = interval_key(consumer.day_key(start_s), start_s)
-                    self._aliases[pseudonym(k_interval, row.key_id)] = row.meter
+                k_interval = interval_key(day_key(row.secret, day_of(start_s)), start_s)
+                self._aliases[pseudonym(k_interval, row.key_id)] = row.meter
         return self._aliases.get(alias)
 
     def _correction(self, operation: CorrectDemand) -> None:

@@ -4,6 +4,7 @@ import argparse
 import csv
 import io
 import json
+import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from broker.config import load_broker_config
 from broker.market.forecast import HistoryKind
 from broker.protocol.messages import Forecast, Genesis, MessageType, SourceOffer, SourceOutlook, Stock
 from broker.protocol.sources import Source, SourceGroup
-from broker.service.store import BatchKind, BatchRow, BrokerStore, OrderInRow, OrderOutRow, WorkState
+from broker.service.store import SCHEMA_VERSION, BatchKind, BatchRow, BrokerStore, OrderInRow, OrderOutRow, WorkState
 
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "broker.md"
@@ -531,6 +532,28 @@ def test_a_provider_keeps_shares_for_its_own(desk: Desk) -> None:
         if line
     ]
     assert (row["reserve_ppm"], row["exclusive_ppm"], row["exclusive_for"]) == (200_000, 125_000, ["home"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("run",),
+        ("run", "--recover"),
+        ("list", "consumers"),
+        ("statement", "--own", "--month", "2026-01"),
+        ("consumer", "contract", "--meter", "home", "--line", "solar=100", "--from", "2026-01-01T00:00:00Z"),
+    ],
+    ids=" ".join,
+)
+def test_a_database_of_an_earlier_schema_is_one_sentence_with_the_next_step(desk: Desk, words: tuple[str, ...]) -> None:
+    desk.store().close()
+    database = sqlite3.connect(desk.folder / "data" / "broker.db")
+    database.execute(f"PRAGMA user_version = {SCHEMA_VERSION - 1}")
+    database.close()
+    code, out, err = desk.run(*words, "--config", desk.config)
+    assert (code, out, len(err.splitlines())) == (1, "", 1)
+    assert f"is of schema {SCHEMA_VERSION - 1}, written by another version of this program" in err
+    assert "run the version that wrote it, or give this one an empty data_dir" in err
 
 
 @pytest.mark.parametrize("recovers", [False, True])
