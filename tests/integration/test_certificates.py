@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 from dengen_testing.listener import Listener
-from dengen_testing.market import energy_broker
+from dengen_testing.market import CommandFailed, energy_broker
 from dengen_testing.mosquitto import Mosquitto
 from dengen_testing.processes import ProcessGroup
 from support.broker_desk import INTERVAL_S, T0, BrokerDesk
 from support.schema import validate_traffic
 
+from broker.protocol.messages import ReceiptStatus
 from broker.service.ledger_copy import COPY_NAME
 
 pytestmark = pytest.mark.integration
@@ -72,3 +73,45 @@ def test_a_consumers_agent_gets_a_certificate_that_verifies_offline(desk: Broker
     energy_broker("ledger", "compare", copy, desk.workspace.ledger, "--allow-prefix")
     energy_broker("ledger", "verify", copy)
     validate_traffic((message.topic, message.payload) for message in desk.listener.messages)
+
+
+def test_a_correction_overtakes_a_certificate_and_the_one_that_is_issued_anew_is_right(
+    desk: BrokerDesk, tmp_path: Path
+) -> None:
+    """Anna had 300 Wh of the roof's 900. After the gates it turns out that it made 100, and that she used 450."""
+    desk.tick(T0 + INTERVAL_S + 10)
+    for meter, energy_wh in (("roof", 900), ("mill", 400), ("anna", 500), ("dam", 100), ("ben", 300)):
+        desk.report(meter, energy_wh)
+    for after_s in (700, 1_300):
+        desk.tick(T0 + INTERVAL_S + after_s)
+    before, after = tmp_path / "before.cbor", tmp_path / "after.cbor"
+    assert ask(desk, "anna", T0, T0 + INTERVAL_S, before).returncode == 0
+    for meter, energy_wh in (("roof", 100), ("anna", 450)):
+        corrected = desk.signed(desk.value(meter, energy_wh, revision=1))
+        assert desk.receipt(desk.send(corrected, meter)).status is ReceiptStatus.ACCEPTED
+    desk.tick(T0 + 2 * INTERVAL_S + 10)
+    for meter in ("roof", "mill", "anna", "dam", "ben"):
+        desk.report(meter, 100, 1)
+    for after_s in (700, 1_300):
+        desk.tick(T0 + 2 * INTERVAL_S + after_s)
+    asked = ask(desk, "anna", T0, T0 + INTERVAL_S, after)
+    assert asked.returncode == 0, asked.stderr
+    trust = tmp_path / "trust.json"
+    trust.write_text(energy_broker("ledger", "trust", "--genesis", desk.workspace.genesis))
+    verify = ("--trust", trust, "--ledger", desk.workspace.ledger, "--json")
+    now = json.loads(energy_broker("certificate", "verify", after, *verify))
+    assert (now["demanded_wh"], now["by_source_wh"]["solar"], now["is_provisional"]) == (450, 100, True)
+    assert now["ledger_now"]["faults"] == []
+    # What was given out before is true at its height, and overtaken by what the ledger has now.
+    energy_broker("certificate", "verify", before, "--trust", trust)
+    with pytest.raises(CommandFailed, match=r"the demand was corrected since height .* from 500 to 450 Wh") as caught:
+        energy_broker("certificate", "verify", before, *verify)
+    assert "of 300 Wh that roof made at 2026-02-01T00:00:00Z the ledger has 100" in str(caught.value)
+    span = ("--from", "2026-02-01T00:00:00Z", "--to", "2026-02-01T00:30:00Z", "--json")
+    statement = ("statement", "--config", desk.workspace.config("east"), *span, "--check", desk.workspace.ledger)
+    (account,) = json.loads(energy_broker(*statement, "--consumer", "anna"))["accounts"]
+    assert account["energy_wh"] == now["delivered_wh"]
+    (account,) = json.loads(energy_broker(*statement, "--provider", "ola"))["accounts"]
+    roof = {line["kind"]: line["energy_wh"] for line in account["lines"] if line["device"] == "roof"}
+    assert roof == {"traded": 900, "taken back": -800}
+    energy_broker(*statement, "--own")
