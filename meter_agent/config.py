@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Final, Literal, TypeAlias
 
-from broker.protocol.addresses import Host, Port
+from broker.protocol.addresses import Host, Port, Topic
 from broker.protocol.errors import MalformedMessage
 from broker.protocol.keys import PublicKey, public_key_from_cose
 from broker.protocol.mqtt_link import MqttConfig
@@ -285,16 +285,11 @@ class HomeAssistantConfig:
     Values go out when they change, at most every `period_s`. Without a table `mqtt` it is the broker's server.
     """
 
-    topic: str = "dengen/home"
+    topic: Annotated[str, Topic()] = "dengen/home"
     discovery: bool = True
-    discovery_prefix: str = "homeassistant"
+    discovery_prefix: Annotated[str, Topic()] = "homeassistant"
     period_s: Annotated[float, Between(0.1, 3_600)] = 10.0
     mqtt: MqttConfig | None = None
-
-    def __post_init__(self) -> None:
-        for key, topic in (("topic", self.topic), ("discovery_prefix", self.discovery_prefix)):
-            if not all(topic.split("/")) or any(sign in topic for sign in "+#\0"):
-                raise WrongValue(key, f"MQTT topic levels without + and #, not empty, got {topic!r}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple
 
-from broker.protocol.addresses import Host, Port
+from broker.protocol.addresses import Host, Port, Seconds, Topic
 from broker.protocol.errors import KeyFileError
 from broker.protocol.files import read_file, reason_of
 from broker.protocol.lean_import import deferred
@@ -73,8 +73,8 @@ class MqttConfig:
     ca_file: Path | None = None
     certificate_file: Path | None = None
     key_file: Path | None = None
-    keepalive_s: int = 30
-    root: str = DEFAULT_ROOT
+    keepalive_s: Annotated[int, Seconds()] = 30
+    root: Annotated[str, Topic()] = DEFAULT_ROOT
 
 
 class Incoming(NamedTuple):

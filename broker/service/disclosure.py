@@ -123,6 +123,8 @@ def day_number(text: Any) -> int:
         moment = datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC)
     except (ValueError, TypeError) as error:
         raise DisclosureError(f"{text!r} is no UTC day, for example 2026-01-31") from error
+    if moment.year < 1970:
+        raise DisclosureError(f"{text} is before 1970, and so before any demand")
     return day_of(int(moment.timestamp()))
 
 

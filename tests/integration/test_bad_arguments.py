@@ -5,7 +5,6 @@ folder where every other argument is right, as far as its name says what is righ
 """
 
 import argparse
-import json
 import re
 import shutil
 import signal
@@ -20,9 +19,10 @@ from typing import Final
 
 import cbor2
 import pytest
-from support.ledger_world import found
+from support.ledger_world import GENESIS, found, key
 
 from broker import cli as broker_cli
+from broker.protocol.keys import save_private_key
 from meter_agent import cli as agent_cli
 
 SERVES_AFTER_S: Final = 0.3
@@ -53,7 +53,7 @@ certificate proof.cbor
 name registrar
 party ola
 owner ola
-broker east
+broker b1
 meter home
 device roof
 statements roof.man
@@ -81,7 +81,7 @@ home node-home""".splitlines()
 """A right value by the name of the argument; keys, outputs and what is not here are made below."""
 
 LONG: Final = "n" * 5_000
-TEXTS: Final = ("", "-1", "²", "9" * 30, "0001-01-01T00:00:00+14:00", "a b\x1b[31m\n", "=", "[", LONG)
+TEXTS: Final = ("", "-1", "²", "9" * 30, "0001-01-01T00:00:00+14:00", "1960-01-01", "a b\x1b[31m\n", "=", "[", LONG)
 PATHS: Final = ("missing", "", LONG, "genesis.cbor/below", "/dev/zero", "missing/below")
 
 
@@ -93,6 +93,11 @@ def _another_database(path: Path) -> None:
     with closing(sqlite3.connect(path)) as database:
         database.execute("CREATE TABLE meta (name TEXT, value BLOB)")
 
+
+NAMED_BY_CONFIG: Final = {
+    "energy-broker": ("genesis.cbor", "b1.pem", "data/broker.db", "ledger/ledger.sqlite3"),
+    "meter-agent": ("home.pem",),
+}
 
 CONTENTS: Final[dict[str, Callable[[Path], object]]] = {
     "nothing": _put(b""),
@@ -179,34 +184,33 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("right")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        keys = {name: made("key", "new", f"{name}.pem").strip() for name in ("registrar", "node", "east", "home")}
-        made(
-            *("ledger", "genesis", "--out", "genesis.cbor", "--ledger", "a-ledger", "--area", "home"),
-            *("--registrar", f"registrar={keys['registrar']}", "--validator", f"node={keys['node']}"),
-        )
-        Path("east.toml").write_text(
-            '[broker]\nname = "east"\nkey_file = "east.pem"\ndata_dir = "data"\n'
+        for name in ("registrar", "node", "b1"):
+            save_private_key(Path(f"{name}.pem"), key(name))
+        home_key = made("key", "new", "home.pem").strip()
+        Path("home.key").write_text(home_key)
+        found(Path("ledger")).close()
+        Path("genesis.cbor").write_bytes(GENESIS.to_bytes())
+        Path("trust.json").write_text(made("ledger", "trust", "--path", "ledger"))
+        Path("broker.toml").write_text(
+            '[broker]\nname = "b1"\nkey_file = "b1.pem"\ndata_dir = "data"\n'
             '[ledger]\ngenesis_file = "genesis.cbor"\n'
-            '[ledger.host]\npath = "hosted"\nvalidator = "node"\nkey_file = "node.pem"\n'
+            '[ledger.host]\npath = "ledger"\nvalidator = "node"\nkey_file = "node.pem"\n'
             '[mqtt]\nhost = "127.0.0.1"\nport = 1\n'
         )
-        made("consumer", "add", "--config", "east.toml", "--meter", "home", "--key", keys["home"])
+        made("consumer", "add", "--config", "broker.toml", "--meter", "home", "--key", home_key)
         made(
             *("provider", "mandate", "--genesis", "genesis.cbor", "--name", "registrar", "--key", "registrar.pem"),
-            *("--device", "roof", "--broker", "east", "--from", "2021-01-01T00:00:00Z", "--out", "roof.man"),
+            *("--device", "roof", "--broker", "b1", "--from", "2021-01-01T00:00:00Z", "--out", "roof.man"),
         )
-        found(Path("ledger")).close()
-        Path("trust.json").write_text(made("ledger", "trust", "--path", "ledger"))
         made("ledger", "checkpoint", "ledger", "--out", "checkpoint.cbor")
         made("ledger", "prove", "ledger", "--leaf", "0", "--out", "proof.cbor")
         Path("agent.toml").write_text(
             '[agent]\ndata_dir = "agent-data"\nledger = "a-ledger"\n'
-            f'broker = {{ name = "east", key = "{keys["east"]}" }}\n'
+            f'broker = {{ name = "b1", key = "{key("b1").public.cose_key.hex()}" }}\n'
             '[mqtt]\nhost = "127.0.0.1"\nport = 1\n'
             '[meters.home]\ndirection = "consumption"\nkey_file = "home.pem"\ncapacity_w = 5000\n'
             'reader = { protocol = "p1", port = "/dev/missing" }\n'
         )
-        Path("keys.json").write_text(json.dumps(keys))
     return folder
 
 
@@ -216,7 +220,7 @@ def good(program: str, action: argparse.Action, key: str) -> str:
         return str(next(iter(action.choices)))
     match action.dest:
         case "config":
-            return "agent.toml" if program == "meter-agent" else "east.toml"
+            return "agent.toml" if program == "meter-agent" else "broker.toml"
         case "key" if action.type is Path:
             return "registrar.pem"
         case "key" | "party_key" | "meter_key":
@@ -251,19 +255,12 @@ def line(command: str, spoilt: argparse.Action, value: str, key: str) -> list[st
     return [*words, "--", *places] if places else words
 
 
-def spoilt_files(folder: Path) -> Iterator[tuple[str, Callable[[Path], object], Path]]:
-    """Everything that stands in a folder which a command was given, each in a few wrong ways."""
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        for name in ("nothing", "random bytes", "a database", "a directory"):
-            yield f"{file.name} is {name}", CONTENTS[name], file
-
-
 @pytest.mark.usefixtures("_in_this_process")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_does_not_belong_there_is_refused_with_a_sentence(
     command: str, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    key = json.loads((template / "keys.json").read_text())["home"]
+    home_key = (template / "home.key").read_text()
     numbers = count()
     wrong: list[str] = []
 
@@ -281,19 +278,21 @@ def test_what_does_not_belong_there_is_refused_with_a_sentence(
     fresh()
     for action in arguments(COMMANDS[command]):
         for value in PATHS if action.type is Path else TEXTS:
-            check(f"{action.dest} {value[:30]!r}", line(command, action, value, key))
+            check(f"{action.dest} {value[:30]!r}", line(command, action, value, home_key))
         if action.type is not Path:
             continue
-        right = Path(good(command.split()[0], action, key))
+        right = Path(good(command.split()[0], action, home_key))
         for name, spoil in CONTENTS.items():
             shutil.rmtree("spoilt", ignore_errors=True)
             Path("spoilt").unlink(missing_ok=True)
             spoil(Path("spoilt"))
-            check(f"{action.dest} is {name}", line(command, action, "spoilt", key))
-        if right.is_dir():
-            for name, spoil, file in spoilt_files(right):
+            check(f"{action.dest} is {name}", line(command, action, "spoilt", home_key))
+        inside = sorted(path.relative_to(template) for path in (template / right).rglob("*") if path.is_file())
+        named = NAMED_BY_CONFIG[command.split()[0]] if action.dest == "config" else ()
+        for file in [*inside, *map(Path, named)]:
+            for name in ("nothing", "random bytes", "a database", "a directory"):
                 fresh()
                 file.unlink()
-                spoil(file)
-                check(f"{action.dest}: {name}", line(command, action, str(right), key))
+                CONTENTS[name](file)
+                check(f"{file.name} is {name}", line(command, action, str(right), home_key))
     assert wrong == []

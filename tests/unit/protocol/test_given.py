@@ -11,7 +11,7 @@ from dengen_testing.certificates import Authority
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.protocol.addresses import Address, Host, Port
+from broker.protocol.addresses import Address, Host, Port, Seconds, Topic
 from broker.protocol.command_line import not_text, time_s, whole_number
 from broker.protocol.errors import KeyFileError
 from broker.protocol.files import read_file, refused_by_system
@@ -105,6 +105,12 @@ def test_arguments_in_another_encoding_are_told_as_such() -> None:
             ["localhost", "a.example.", "10.0.0.1", "::1", "fe80::1", "gateway_1", "a" * 63],
             ["", "a b", "a:1", "http://a", "a..b", "-a", "a" * 64, "a." * 127 + "a", "a@b", "münchen", '"', "a\n"],
         ),
+        (Seconds(), [1, 30, 65_535], [0, -1, 65_536]),
+        (
+            Topic(),
+            ["dengen/v1", "a", "haus/küche 1"],
+            ["", "/", "a/", "/a", "a//b", "a/#", "+/a", "$SYS", "a\0", "a\n", "ü" * 101],
+        ),
         (Port(), [1, 1_883, 65_535], [0, -1, 65_536, 10**30]),
         (
             Address(),
@@ -113,7 +119,7 @@ def test_arguments_in_another_encoding_are_told_as_such() -> None:
         ),
     ],
 )
-def test_hosts_ports_and_addresses(rule: Host | Port | Address, fine: list[Any], wrong: list[Any]) -> None:
+def test_hosts_ports_topics_and_addresses(rule: Any, fine: list[Any], wrong: list[Any]) -> None:
     assert [value for value in fine if rule.check(value) is not None] == []
     for value in wrong:
         assert "got" in (rule.check(value) or ""), value
