@@ -9,7 +9,8 @@ LEDGER ?= embedded
 VENV   := .venv
 BIN    := $(VENV)/bin
 PACKAGE_FILES := setup.cfg pyproject.toml
-PYTEST_OPTIONS ?= -n 2 --dist loadfile
+# In the order of the folders: units come last, so that no worker is left alone with a long file of few tests.
+PYTEST_OPTIONS ?= -n 2 --dist loadfile --no-loadscope-reorder
 FUZZ_SECONDS ?= 600
 
 .NOTPARALLEL:
