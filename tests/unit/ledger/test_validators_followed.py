@@ -263,7 +263,7 @@ def test_an_engine_whose_validator_has_gone_seals_no_more_blocks(desk: Desk) -> 
     assert result.result.reason.startswith(f"{BUSY}: node is no validator")
     assert refused.height == 3
     desk.close()
-    with pytest.raises(LedgerError, match="node with this key is no validator"):
+    with pytest.raises(LedgerError, match="node is no validator of ledger test-ledger with this key"):
         desk.open("node")
     desk.open("late")
     assert verify_ledger(desk.path).errors == ()
