@@ -58,7 +58,8 @@ class OpenDemand:
 
     `quotas` is what `mix.quotas` made of `history` and `energy_wh`; all lines' quotas add up to `energy_wh`. Raises
     ValueError if they do not. `start_s` is the start of its interval and `span` that of its contract's window; they
-    matter only to `matching`, which is given energy of several intervals.
+    matter only to `matching`, which is given energy of several intervals. So does `waits`: its window goes on, so
+    that energy is only held back for it, until it is clear who needs what.
     """
 
     meter: str
@@ -69,6 +70,7 @@ class OpenDemand:
     taken: tuple[Taken, ...] = ()
     start_s: int = 0
     span: Span = ALWAYS
+    waits: bool = False
 
     def __post_init__(self) -> None:
         if len(self.quotas) != len(self.contract.lines) or sum(self.quotas) != self.energy_wh:
@@ -85,6 +87,7 @@ class Clearing:
     Where it matters whose energy a demand gets, `picked` has for each entry of `taken` the place in `columns` of the
     lots that it has to come from, and otherwise both are empty: then any energy of the source will do. `price_limits`
     has the sources of which nobody who lacks something takes any that the broker pays more for, in µ-currency per kWh.
+    `held_back` has the Wh of lots that demands which wait would be given now.
     """
 
     taken: tuple[tuple[Taken, ...], ...]
@@ -93,6 +96,7 @@ class Clearing:
     columns: tuple[tuple[Lot, ...], ...] = ()
     picked: tuple[tuple[int, ...], ...] = ()
     price_limits: dict[Source, int] = field(default_factory=dict)
+    held_back: dict[Lot, int] = field(default_factory=dict)
 
 
 _Claim = tuple[int, int, int]

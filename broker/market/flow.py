@@ -210,14 +210,16 @@ def serve(
     preferred_of: Sequence[Mapping[int, int]],
     capacities: Sequence[int],
     kinds: Sequence[int],
+    pressures: Sequence[int],
 ) -> list[dict[int, int]]:
     """Which columns each row takes its amount from: by row, column to amount.
 
     `amounts` can flow, as those of `fair_amounts` do. `preferred_of` has by row the columns that it prefers with their
     place in its order, 0 for the first. As much as possible comes from them, and the first places are shared out fairly
-    among the rows; else a row takes what is most plentiful by the columns' `kinds`, ties by kind.
+    among the rows; else a row takes the column with the least of `pressures`, of equal ones what is most plentiful by
+    the columns' `kinds`, ties by kind.
     """
-    plan = _Plan(columns_of, preferred_of, capacities, kinds)
+    plan = _Plan(columns_of, preferred_of, capacities, kinds, pressures)
     if any(preferred_of):
         preferred_columns = [[column for column, place in sorted(of.items()) if not place] for of in preferred_of]
         with_preferred = fair_amounts(amounts, [0] * len(amounts), preferred_columns, capacities)
@@ -243,12 +245,14 @@ class _Plan:
         preferred_of: Sequence[Mapping[int, int]],
         capacities: Sequence[int],
         kinds: Sequence[int],
+        pressures: Sequence[int],
     ) -> None:
         self._columns_of = columns_of
         self._preferred_of = preferred_of
         self._anyone_prefers = any(preferred_of)
         self._free = list(capacities)
         self._kinds = kinds
+        self._pressures = pressures
         self._free_of_kind: dict[int, int] = {}
         for kind, capacity in zip(kinds, capacities, strict=True):
             self._free_of_kind[kind] = self._free_of_kind.get(kind, 0) + capacity
@@ -292,9 +296,9 @@ class _Plan:
             return []
         return [(row, min(free, key=self._plenty_first))]
 
-    def _plenty_first(self, column: int) -> tuple[int, int, int]:
+    def _plenty_first(self, column: int) -> tuple[int, int, int, int]:
         kind = self._kinds[column]
-        return -self._plenty[kind], kind, column
+        return self._pressures[column], -self._plenty[kind], kind, column
 
     def _cost(self, row: int, column: int) -> int:
         return self._preferred_of[row].get(column, _COST_OF_OTHERS)

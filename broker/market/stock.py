@@ -11,7 +11,7 @@ matters whose energy it is. So a broker that was restarted in the middle of an i
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from broker.market.lots import Lot
@@ -172,10 +172,11 @@ class _Shelf:
 class Stock:
     """What the broker owns and has not promised, by interval and source."""
 
-    __slots__ = ("_shelves",)
+    __slots__ = ("_held_back", "_shelves")
 
     def __init__(self) -> None:
         self._shelves: dict[int, dict[Source, _Shelf]] = {}
+        self._held_back: dict[Lot, int] = {}
 
     def add(self, piece: HeldSlice) -> None:
         """Put a slice into stock. Raises StockError if some of it is there already, or if it makes no sense."""
@@ -201,11 +202,28 @@ class Stock:
             if shelf.energy_wh
         }
 
+    def hold_back(self, held_back: Mapping[Lot, int]) -> None:
+        """From now on so many Wh of these lots, and of no others, are not free for neighbours: demands wait for them.
+
+        Where a lot has less by then, all of it is held back.
+        """
+        self._held_back = dict(held_back)
+
     def slices(self, interval: Interval) -> Iterator[HeldSlice]:
-        """All slices generated in this market interval, by source, asset and range; nothing is taken."""
+        """What was generated in this interval and is not held back, by source, asset and range; takes nothing."""
+        held_back = {lot: wh for lot, wh in self._held_back.items() if lot.start_s == interval.start_s}
         for _, shelf in sorted(self._shelves.get(interval.start_s, {}).items()):
+            if not held_back:
+                for asset in sorted(shelf.by_asset):
+                    yield from shelf.by_asset[asset]
+                continue
+            free_wh = {lot: max(0, wh - held_back.get(lot, 0)) for lot, wh in shelf.lots().items()}
             for asset in sorted(shelf.by_asset):
-                yield from shelf.by_asset[asset]
+                for piece in shelf.by_asset[asset]:
+                    part_wh = min(piece.energy_wh, free_wh[piece.lot])
+                    free_wh[piece.lot] -= part_wh
+                    if part_wh:
+                        yield _part(piece, piece.from_wh, piece.from_wh + part_wh)
 
     def lots(self, from_s: int, until_s: int) -> dict[Lot, int]:
         """Wh of each lot, of the intervals that start in `[from_s, until_s)`; by interval, source and lot."""

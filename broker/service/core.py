@@ -147,6 +147,7 @@ class Broker:
             self._desk,
             self.outputs,
             tariff,
+            own_groups_first=own_groups_first,
         )
         self._neighbours = Neighbours(
             identity,
@@ -391,6 +392,8 @@ class Broker:
                 key = (asset.device, int(asset.carrier), asset.start_s, asset.revision)
                 if self._stock.holds(key, from_wh, to_wh):
                     self._stock.remove(key, from_wh, to_wh)
+        interval = self._cycle.current
+        self._cycle.hold_back(with_groups=interval is None or self._neighbours.has_reached_groups(interval))
         self._holdings_height = height
         self._refill = True
 

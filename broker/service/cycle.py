@@ -4,8 +4,9 @@ The cycle decides with the pure functions of `broker.market` and carries the dec
 writes what each demand got into the store, keeps the accounts, and makes the ledger batches. All of one decision is in
 one commit, so after a crash a decision is either there with its batches or is made again from the same input.
 
-A demand whose contract has a longer window than its interval does not end at gate 2 of it: what it lacks stays *open*,
-is filled from whatever comes in until the window is over, and is settled with the close of the window's last interval.
+A demand whose contract has a longer window than its interval does not end at gate 2 of it: what it lacks stays *open*
+until the window is over, and is settled with the close of the window's last interval. Until then it *waits*: it gets
+only what surely costs nobody anything (`market.matching`), and what it would get besides is held back from neighbours.
 Meanwhile the open quotas count as pledged when the consumer's next demand is divided, or else the lines that wait would
 claim the same share again and again.
 """
@@ -34,6 +35,7 @@ from broker.market.mix import apportion, quotas
 from broker.market.stock import AssetKey, HeldSlice, Stock
 from broker.market.tariff import Tariff
 from broker.market.windows import Span, window_span
+from broker.market.windows import Window as MarketWindow
 from broker.protocol.market_time import Interval, MarketCalendar
 from broker.protocol.messages import NO_LINE, Carrier, DeliveredLine, Delivery, DeliveryState, MessageType
 from broker.protocol.sources import Source, SourceGroup
@@ -51,6 +53,10 @@ from broker.service.store import (
     Standing,
     encode_quotas,
 )
+
+MAX_WAITING: Final = 50_000
+"""Open demands that wait for the end of their windows. Beyond it the oldest are given at once what is there, since all
+that wait are matched anew in every clearing."""
 
 KEEP_STOCK_S: Final = 7 * 86_400
 """So long own energy of a past interval is kept at hand for demands that come late."""
@@ -74,6 +80,8 @@ class ShortDemand:
     """Its window is over; nothing more will come."""
     quiet: bool = False
     """It was settled without anything new for the ledger."""
+    waits: bool = False
+    """Its contract has a longer window, until whose end energy may be held back for it."""
 
     @property
     def key(self) -> "DemandKey":
@@ -117,6 +125,7 @@ class ShortDemand:
             tuple(taken),
             self.row.start_s,
             self.span,
+            self.waits,
         )
 
 
@@ -153,7 +162,10 @@ class Cycle:
         desk: BatchDesk,
         outputs: Outputs,
         tariff: Tariff,
+        *,
+        own_groups_first: bool,
     ) -> None:
+        """`own_groups_first`: energy is held back for own lines of groups before neighbours are served, too."""
         self._identity = identity
         self._calendar = calendar
         self._area = area
@@ -164,6 +176,7 @@ class Cycle:
         self._desk = desk
         self._outputs = outputs
         self._tariff = tariff
+        self._own_groups_first = own_groups_first
         self._short: dict[DemandKey, ShortDemand] = {}
         """Of the current interval."""
         self._open: dict[DemandKey, ShortDemand] = {}
@@ -400,15 +413,16 @@ class Cycle:
         assert self.current is not None
         start_s = self.current.start_s
         demands = [
-            self._short_demand(row)
-            for row in self._store.messages(start_s, MessageType.DEMAND)
-            if row.energy_wh > 0 and row.refusal is None
+            self._short_demand(row) for row in self._store.messages(start_s, MessageType.DEMAND) if row.refusal is None
         ]
-        clearing = self._decide([*demands, *self._open.values()], with_groups=with_groups)
+        # Who needs nothing now may need something later in a longer window.
+        demands = [demand for demand in demands if demand.row.energy_wh > 0 or demand.waits]
+        clearing = self._decide([*demands, *self._open.values()], with_groups=with_groups, gives_early=True)
         for demand in demands:
             if demand.is_short:
                 self._short[demand.key] = demand
         self._forget_filled()
+        self.hold_back(with_groups=with_groups)
         self.state = IntervalState.CLEARED
         _, revision = self._store.interval_state(start_s)
         self._store.set_interval(start_s, IntervalState.CLEARED, revision)
@@ -418,6 +432,7 @@ class Cycle:
         """Between the gates: fill what is still short of the lines, or of those of single sources."""
         clearing = self._decide([*self._short.values(), *self._open.values()], with_groups=with_groups)
         self._forget_filled()
+        self.hold_back(with_groups=with_groups)
         return clearing
 
     def groups_lack_wh(self) -> int:
@@ -477,11 +492,13 @@ class Cycle:
         self._close_on_ledger(interval, [Void(order_id) for order_id in voided_orders])
         for start_s in self._store.late_intervals():
             late = [self._resumed(row) for row in self._store.short_demands(start_s) if row.quotas is None]
-            self._decide(late, settle_until_s=interval.end_s)
+            if late:
+                self._decide([*late, *self._open.values()], settle_until_s=interval.end_s)
             self._leave_open(late, interval)
             self._close_on_ledger(Interval(start_s, start_s + self._calendar.interval_s), [])
         self._stock.drop_before(self._keep_stock_from(interval.start_s))
         self._enter(Interval(interval.end_s, interval.end_s + self._calendar.interval_s))
+        self.hold_back(with_groups=True)
 
     def _end_windows(self, interval: Interval) -> None:
         """Whose window is over is settled now. The meters hear it with their last delivery, or else here."""
@@ -516,18 +533,20 @@ class Cycle:
         self._desk.submit(BatchKind.CLOSE, interval.start_s, self._not_after(), operations)
 
     def _decide(
-        self, demands: list[ShortDemand], settle_until_s: int | None = None, *, with_groups: bool = True
+        self,
+        demands: list[ShortDemand],
+        settle_until_s: int | None = None,
+        *,
+        with_groups: bool = True,
+        gives_early: bool = False,
     ) -> Clearing:
-        """Fill the lines of these demands, settle those whose window ends by `settle_until_s`, and carry it out."""
+        """Fill the lines of these demands, settle those whose window ends by `settle_until_s`, and carry it out.
+
+        `gives_early`: all demands of the current interval are among them, so that some can be given to who waits.
+        """
         accounts: dict[AccountKey, Account] = {}
-        opened = []
-        for demand in demands:
-            account = self._registry.account(demand.consumer, demand.version, demand.row.start_s)
-            accounts.setdefault((demand.row.meter, account.period_start_s, account.version), account)
-            if not demand.quotas:
-                demand.quotas = self._divide(demand, account)
-            opened.append(demand.open(account, with_groups=with_groups))
-        clearing = self._clear(opened, settle_until_s)
+        opened = self._opened(demands, accounts, with_groups=with_groups)
+        clearing = self._clear(opened, settle_until_s, gives_early=gives_early)
         # By pseudonym, so that the order in a batch says nothing about who is who. Slices are cut in the same order:
         # each asset is then used up from its first Wh on, and the ledger never sees it held in many pieces. A batch
         # serves demands of one interval.
@@ -545,6 +564,34 @@ class Cycle:
             self._carry_out(run, demands, clearing, accounts, settle_until_s)
         return clearing
 
+    def _opened(
+        self, demands: Sequence[ShortDemand], accounts: dict[AccountKey, Account], *, with_groups: bool
+    ) -> list[OpenDemand]:
+        """What the market's functions see of these demands; their accounts are added to `accounts`."""
+        excess = max(0, len(self._open) - MAX_WAITING)
+        for place, key in enumerate(sorted(self._open) if excess else self._open):
+            self._open[key].waits = place >= excess
+        opened = []
+        for demand in demands:
+            account = self._registry.account(demand.consumer, demand.version, demand.row.start_s)
+            accounts.setdefault((demand.row.meter, account.period_start_s, account.version), account)
+            if not demand.quotas:
+                demand.quotas = self._divide(demand, account)
+            opened.append(demand.open(account, with_groups=with_groups))
+        return opened
+
+    def hold_back(self, *, with_groups: bool) -> None:
+        """Find out what of the stock waits for whom, of all lines or of those of single sources. Decides nothing.
+
+        It comes to the same after a restart, because it looks at nothing but the stock and at demands that are short.
+        """
+        demands = [*self._short.values(), *self._open.values()]
+        if any(demand.waits for demand in demands):
+            opened = self._opened(demands, {}, with_groups=with_groups or self._own_groups_first)
+            self._stock.hold_back(self._clear(opened, None, gives_early=False).held_back)
+        else:
+            self._stock.hold_back({})
+
     def _divide(self, demand: ShortDemand, account: Account) -> tuple[int, ...]:
         """The quotas of a demand, by what was delivered and what is pledged under the same account."""
         history = account.history
@@ -555,7 +602,7 @@ class Cycle:
                 history = history.plus(*other.pledged)
         return quotas(demand.version.contract.shares_ppm, history, demand.row.energy_wh)
 
-    def _clear(self, opened: list[OpenDemand], settle_until_s: int | None) -> Clearing:
+    def _clear(self, opened: list[OpenDemand], settle_until_s: int | None, *, gives_early: bool) -> Clearing:
         """The market's decision over the stock that fits these demands."""
         assert self.current is not None
         starts = {demand.start_s for demand in opened}
@@ -567,7 +614,7 @@ class Cycle:
         # Energy of the intervals to come is for their own demands first.
         from_s = min([demand.span.start_s for demand in opened], default=0)
         lots = self._stock.lots(from_s, self.current.end_s) if opened else {}
-        return clear_lots(opened, lots, settle_until_s, self._tariff.consumer_margin)
+        return clear_lots(opened, lots, settle_until_s, self._tariff.consumer_margin, gives_early=gives_early)
 
     def _carry_out(
         self,
@@ -608,6 +655,8 @@ class Cycle:
             if energy_wh or (demand.is_short and demand.row.quotas != demand.quotas):
                 stored_quotas = encode_quotas(demand.quotas) if demand.is_short else None
                 delivered.append((demand.delivered_wh, stored_quotas, *demand.key))
+                if demand.is_short:
+                    demand.row = demand.row._replace(quotas=demand.quotas)
         self._store.set_delivered(delivered)
         self._registry.keep_accounts([(key[0], accounts[key]) for key in sorted(changed)])
         for batch_run in in_batches(decided, [len(operation) for _, operation, _ in decided]):
@@ -707,7 +756,8 @@ class Cycle:
         assert version is not None
         interval = Interval(row.start_s, row.start_s + self._calendar.interval_s)
         span = window_span(version.contract.window, interval)
-        return ShortDemand(row, consumer, version, row.quotas or (), span)
+        waits = version.contract.window is not MarketWindow.INTERVAL
+        return ShortDemand(row, consumer, version, row.quotas or (), span, waits=waits)
 
     def _not_after(self) -> int:
         """Batches of an interval are void once a later one is closed; resending one then could only do harm."""

@@ -357,6 +357,11 @@ class Neighbours:
         own = self._own_round(interval.start_s)
         return (own is None or own.last) and not any(row.parent is None for row in self._out.open_rows())
 
+    def has_reached_groups(self, interval: Interval) -> bool:
+        """True unless this broker is in the rounds for lines of single sources."""
+        own = self._own_round(interval.start_s)
+        return own is None or own.last or own.round_number >= GROUPS_FROM_ROUND
+
     def ask_late(self, interval: Interval, clearing: Clearing, now_s: float) -> bool:
         """After the last round, something is short or was announced anew: order outside the rounds. False if not."""
         exhausted = self._exhausted(interval.start_s) - self._renewed

@@ -14,11 +14,12 @@ from broker.market.terms import make_terms
 from broker.market.windows import Window
 from broker.protocol.messages import DeliveryState
 from broker.protocol.sources import Source
+from broker.service import cycle
 from broker.service.outlook import contract_outlook
 from broker.service.store import BrokerStore, DeliveryRow
 from simulation import audit
 from simulation.simulated_mqtt import Faults
-from simulation.world import INTERVAL_S, T0, Books, ConsumerPlan, DevicePlan, Plan, World
+from simulation.world import GATE_1_S, GATE_2_S, INTERVAL_S, T0, Books, ConsumerPlan, DevicePlan, Plan, World
 
 SECOND = T0 + INTERVAL_S
 THIRD = SECOND + INTERVAL_S
@@ -88,6 +89,39 @@ def test_what_waits_is_not_claimed_again_by_the_next_demand(folder: Path) -> Non
     }
 
 
+def test_energy_that_may_serve_better_waits_for_the_end_of_the_window_and_no_neighbour_gets_it(folder: Path) -> None:
+    """Anna takes anything; that ben would want the second sun of the day is known only when he does."""
+    world, books = run(
+        folder,
+        ConsumerPlan("anna", "east", (("any", 100),), (300, 0), choices={"window": Window.DAY}),
+        consumer("ben", "solar", 0, 300, window=Window.DAY, excluded_providers=["pia"]),
+        ConsumerPlan("cleo", "west", (("any", 100),), (400, 0)),
+        roof(300, 0),
+        DevicePlan("mill", "ola", "east", Source.WIND, (0, 300)),
+        brokers=("east", "west"),
+    )
+    assert books.delivered_wh == {("anna", T0, "wind"): 300, ("ben", SECOND, "solar"): 300}
+    assert not books.bought_wh
+    assert world.meters["anna"].final[T0].unmatched_wh == 0
+
+
+@pytest.mark.parametrize(("most", "for_anna"), [(1, "wind"), (0, "solar")])
+def test_when_too_many_demands_wait_the_oldest_are_given_at_once_what_is_there(
+    most: int, for_anna: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ben's demand comes after gate 1 of the day's last interval. Who waits until gate 2 can leave the sun to him."""
+    monkeypatch.setattr(cycle, "MAX_WAITING", most)
+    anna = ConsumerPlan("anna", "east", (("any", 100),), (300, 0), choices={"window": Window.DAY})
+    ben = consumer("ben", "solar", 0, 300, window=Window.DAY)
+    cleo = consumer("cleo", "solar", 0, 0, window=Window.DAY)
+    mill = DevicePlan("mill", "ola", "east", Source.WIND, (250, 50))
+    late_s = {("ben", 1): (GATE_1_S + GATE_2_S) // 2, ("mill", 1): (GATE_1_S + GATE_2_S) // 2}
+    world = World(Plan(("east",), "east", (anna, ben, cleo), (roof(300, 0), mill), late_s), folder)
+    books = world.run()
+    audit.check(world, books)
+    assert books.delivered_wh["anna", T0, for_anna] == 300
+
+
 def test_open_demands_survive_a_restart(folder: Path) -> None:
     plan = Plan(("east",), "east", (consumer("anna", "solar", 300, 0, window=Window.DAY),), (roof(0, 450),))
     world = World(plan, folder)
@@ -104,8 +138,13 @@ DISTURBED = Plan(
         consumer("anna", "solar", 300, 300, 300, broker="west", window=Window.DAY),
         consumer("ben", "solar", 200, 100, 100, window=Window.MONTH, excluded_providers=["pia"]),
         consumer("cleo", "solar", 50, 50, 50),
+        ConsumerPlan("dora", "east", (("any", 100),), (80, 80, 80), choices={"window": Window.DAY}),
     ),
-    (roof(60, 700, 200), roof(40, 40, 40, owner="pia", device="barn")),
+    (
+        roof(60, 700, 200),
+        roof(40, 40, 40, owner="pia", device="barn"),
+        DevicePlan("mill", "ola", "east", Source.WIND, (30, 60, 100)),
+    ),
 )
 
 

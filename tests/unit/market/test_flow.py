@@ -93,7 +93,14 @@ def test_serving_gives_the_amounts_and_takes_no_more_than_there_is(graph: Graph,
         {column: place for place, column in enumerate(chooser.sample(columns, chooser.randint(0, len(columns))))}
         for columns in columns_of
     ]
-    taken = serve(amounts, columns_of, preferred, capacities, [column % 2 for column in range(len(capacities))])
+    taken = serve(
+        amounts,
+        columns_of,
+        preferred,
+        capacities,
+        [column % 2 for column in range(len(capacities))],
+        [0] * len(capacities),
+    )
     assert [sum(row.values()) for row in taken] == amounts
     for row, columns in zip(taken, columns_of, strict=True):
         assert set(row) <= set(columns)
@@ -106,27 +113,31 @@ def test_a_row_with_one_choice_is_served_by_rerouting_one_with_two() -> None:
     columns_of = [[0, 1], [0]]
     amounts = fair_amounts([10, 10], [0, 1], columns_of, [10, 10])
     assert amounts == [10, 10]
-    assert serve(amounts, columns_of, [{0: 0}, {}], [10, 10], [0, 0]) == [{1: 10}, {0: 10}]
+    assert serve(amounts, columns_of, [{0: 0}, {}], [10, 10], [0, 0], [0, 0]) == [{1: 10}, {0: 10}]
 
 
 def test_a_preference_is_followed_as_far_as_it_costs_nobody_anything() -> None:
-    taken = serve([10, 5], [[0, 1], [0]], [{0: 0}, {}], [10, 10], [0, 0])
+    taken = serve([10, 5], [[0, 1], [0]], [{0: 0}, {}], [10, 10], [0, 0], [0, 0])
     assert taken == [{0: 5, 1: 5}, {0: 5}]
 
 
 def test_the_first_place_in_an_order_of_preference_comes_before_the_second() -> None:
-    assert serve([10], [[0, 1, 2]], [{2: 0, 1: 1}], [10, 10, 4], [0, 0, 0]) == [{2: 4, 1: 6}]
+    assert serve([10], [[0, 1, 2]], [{2: 0, 1: 1}], [10, 10, 4], [0, 0, 0], [0, 0, 0]) == [{2: 4, 1: 6}]
 
 
 def test_who_prefers_the_same_gets_the_same_fraction_of_it() -> None:
-    taken = serve([30, 10], [[0, 1], [0, 1, 2]], [{0: 0}, {0: 0}], [20, 30, 1], [0, 0, 0])
+    taken = serve([30, 10], [[0, 1], [0, 1, 2]], [{0: 0}, {0: 0}], [20, 30, 1], [0, 0, 0], [0, 0, 0])
     assert [row[0] for row in taken] == [15, 5]
 
 
 def test_without_a_preference_a_row_takes_what_is_most_plentiful() -> None:
-    assert serve([10], [[0, 1, 2]], [{}], [4, 6, 7], [1, 1, 2]) == [{0: 4, 1: 6}]
+    assert serve([10], [[0, 1, 2]], [{}], [4, 6, 7], [1, 1, 2], [0, 0, 0]) == [{0: 4, 1: 6}]
+
+
+def test_what_others_press_for_is_left_to_them_where_that_is_possible() -> None:
+    assert serve([10], [[0, 1, 2]], [{}], [4, 6, 7], [1, 1, 2], [0, 3, 0]) == [{0: 4, 2: 6}]
 
 
 def test_amounts_that_cannot_flow_are_refused() -> None:
     with pytest.raises(ValueError, match="row 0 cannot be given 1 more"):
-        serve([11], [[0]], [{}], [10], [0])
+        serve([11], [[0]], [{}], [10], [0], [0])

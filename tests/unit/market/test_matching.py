@@ -30,11 +30,11 @@ def contract(*shares: tuple[str, int], **choices: Any) -> Contract:
     return make_contract(0, [(name, percent * 10_000) for name, percent in shares], area="home", **choices)
 
 
-def demand(meter: str, energy_wh: int, of: Contract, start_s: int = 0) -> OpenDemand:
+def demand(meter: str, energy_wh: int, of: Contract, start_s: int = 0, *, waits: bool = False) -> OpenDemand:
     history = History.empty(of)
     span = window_span(of.window, Interval(start_s, start_s + H))
     divided = quotas(of.shares_ppm, history, energy_wh)
-    return OpenDemand(meter, energy_wh, of, divided, history, (), start_s, span)
+    return OpenDemand(meter, energy_wh, of, divided, history, (), start_s, span, waits)
 
 
 def lot(source: Source, provider: str = "ola", price: int = 100, start_s: int = 0, **more: Any) -> Lot:
@@ -134,6 +134,77 @@ def test_only_demands_whose_window_ends_are_settled() -> None:
     assert gets(clear_lots([early, last], {lot(WIND): 50}, 24 * H)) == [{WIND: 10}, {WIND: 10}]
 
 
+ANY_OF_DAY = contract(("any", 100), window=Window.DAY)
+SOLAR_OF_DAY = contract(("solar", 100), window=Window.DAY)
+
+
+def test_a_demand_that_waits_leaves_its_energy_to_one_that_can_use_nothing_else() -> None:
+    waiting = demand("a", 100, ANY_OF_DAY, waits=True)
+    lots = {lot(SOLAR): 100, lot(WIND): 100}
+    first = clear_lots([waiting], lots)
+    assert (first.taken, first.held_back) == (((),), {lot(SOLAR): 100})
+    later = demand("b", 100, SOLAR_OF_DAY, H, waits=True)
+    assert gets(clear_lots([waiting, later], lots, 24 * H)) == [{WIND: 100}, {SOLAR: 100}]
+
+
+def test_what_surely_costs_nobody_anything_is_given_to_a_demand_that_waits() -> None:
+    """Whoever may want the sun could just as well take all that a demand for the sun can."""
+    demands = [demand("a", 60, SOLAR_OF_DAY, waits=True), demand("b", 60, ANY_OF_DAY, waits=True)]
+    result = clear_lots(demands, {lot(SOLAR): 100}, gives_early=True)
+    assert (gets(result), result.held_back) == ([{SOLAR: 60}, {}], {lot(SOLAR): 40})
+    # Who else there is has to be known.
+    assert gets(clear_lots(demands, {lot(SOLAR): 100})) == [{}, {}]
+
+
+@pytest.mark.parametrize(
+    "rival",
+    [
+        contract(("solar", 100), window=Window.DAY, excluded_providers=["pia"]),
+        contract(("solar", 100), window=Window.DAY, highest_price=100),
+        contract(("coal", 50), ("solar", 50), window=Window.DAY, price_ceilings=[("solar", 100)]),
+    ],
+    ids=["another provider", "a lower price", "a lower ceiling"],
+)
+def test_energy_that_somebody_pickier_may_want_is_held_back(rival: Contract) -> None:
+    demands = [demand("a", 60, SOLAR_OF_DAY, waits=True), demand("b", 0, rival, waits=True)]
+    assert gets(clear_lots(demands, {lot(SOLAR): 60}, gives_early=True)) == [{}, {}]
+    # The picky one itself can be given it: the other one takes all that it takes.
+    demands = [demand("a", 0, SOLAR_OF_DAY, waits=True), demand("b", 60, rival, waits=True)]
+    assert gets(clear_lots(demands, {lot(SOLAR): 60}, gives_early=True))[1] == {
+        SOLAR: 60 if rival.lines[0].target is SOLAR else 30
+    }
+
+
+def test_a_month_gives_way_to_the_day_until_the_day_is_over() -> None:
+    of_month = contract(("solar", 100), window=Window.MONTH)
+    lots = {lot(SOLAR): 100}
+    for rival_start_s, given_wh in ((H, 0), (DAY, 100)):
+        demands = [demand("a", 100, of_month, waits=True), demand("b", 0, SOLAR_OF_DAY, rival_start_s, waits=True)]
+        result = clear_lots(demands, lots, gives_early=True)
+        assert sum(gets(result)[0].values()) == given_wh
+        assert result.held_back == ({} if given_wh else {lot(SOLAR): 100})
+
+
+def test_a_demand_that_waits_is_settled_when_its_window_ends() -> None:
+    last = demand("a", 100, ANY_OF_DAY, 23 * H, waits=True)
+    result = clear_lots([last], {lot(SOLAR, start_s=H): 70}, 24 * H)
+    assert (gets(result), result.held_back) == ([{SOLAR: 70}], {})
+
+
+def test_a_substitute_does_not_take_what_is_held_back() -> None:
+    short = demand("a", 100, contract(("wind", 100), shortage=ShortageChoice.ANY), 0)
+    waiting = demand("b", 60, contract(("solar", 100), window=Window.DAY), 0, waits=True)
+    result = clear_lots([short, waiting], {lot(SOLAR): 100}, H)
+    assert (gets(result), result.held_back) == ([{SOLAR: 40}, {}], {lot(SOLAR): 60})
+
+
+def test_who_can_choose_leaves_what_those_who_wait_want_most() -> None:
+    """There is more sun than wind, and neither is lacking yet; but somebody waits for the sun."""
+    waiting = demand("a", 50, contract(("solar", 100), window=Window.DAY), waits=True)
+    anything = demand("b", 50, contract(("any", 100)))
+    assert gets(clear_lots([waiting, anything], {lot(SOLAR): 200, lot(WIND): 60}))[1] == {WIND: 50}
+
+
 def test_two_demands_of_one_meter_are_fine_in_different_intervals_only() -> None:
     of_day = contract(("solar", 100), window=Window.DAY)
     with pytest.raises(ValueError, match="one meter and interval"):
@@ -174,6 +245,8 @@ def markets(draw: st.DrawFn) -> tuple[list[OpenDemand], dict[Lot, int]]:
         demand(meter, draw(st.integers(0, 60)), draw(st.sampled_from(tariffs)), draw(st.sampled_from([0, H])))
         for meter in draw(st.lists(st.sampled_from("abcdefgh"), unique=True, min_size=1))
     ]
+    if draw(st.booleans()):
+        demands = [replace(one, waits=one.contract.window is not Window.INTERVAL) for one in demands]
     lots = {}
     for _ in range(draw(st.integers(0, 8))):
         kept = draw(st.sampled_from([(False, ()), (False, ()), (True, ()), (True, ("a", "c"))]))
@@ -199,12 +272,12 @@ def takes(one: OpenDemand, from_lot: Lot) -> bool:
 
 
 @settings(deadline=None, max_examples=200)
-@given(markets(), st.sampled_from([None, H, 2 * H, 24 * H]))
+@given(markets(), st.sampled_from([None, H, 2 * H, 24 * H]), st.booleans())
 def test_everybody_gets_only_what_they_take_and_nothing_twice(
-    market: tuple[list[OpenDemand], dict[Lot, int]], settle_until_s: int | None
+    market: tuple[list[OpenDemand], dict[Lot, int]], settle_until_s: int | None, gives_early: bool
 ) -> None:
     demands, lots = market
-    result = clear_lots(demands, lots, settle_until_s)
+    result = clear_lots(demands, lots, settle_until_s, gives_early=gives_early)
     if not result.picked:
         return  # Any energy of the source will do; `test_clearing` is about that.
     used = [0] * len(result.columns)
@@ -216,10 +289,14 @@ def test_everybody_gets_only_what_they_take_and_nothing_twice(
             if item.line != NO_LINE:
                 target = one.contract.lines[item.line].target
                 assert item.source in (target.sources if isinstance(target, SourceGroup) else (target,))
-    for column, used_wh in zip(result.columns, used, strict=True):
-        assert used_wh <= sum(lots[member] for member in column)
-    # No asset idles while a line that it fits waits.
+    for number, column in enumerate(result.columns):
+        used[number] += sum(result.held_back.get(member, 0) for member in column)
+        assert used[number] <= sum(lots[member] for member in column)
+    assert all(0 < held_wh <= lots[held] for held, held_wh in result.held_back.items())
+    # No asset idles while a line that it fits lacks it.
     for one, taken in zip(demands, result.taken, strict=True):
+        if one.waits:
+            continue  # What is held back may be for it.
         for line, quota_wh in enumerate(one.quotas):
             target = one.contract.lines[line].target
             if sum(item.energy_wh for item in taken if item.line == line) < quota_wh and settle_until_s is None:
@@ -230,15 +307,15 @@ def test_everybody_gets_only_what_they_take_and_nothing_twice(
 
 
 @settings(deadline=None)
-@given(markets(), st.sampled_from([None, 24 * H]), st.randoms(use_true_random=False))
+@given(markets(), st.sampled_from([None, H, 24 * H]), st.randoms(use_true_random=False))
 def test_the_order_of_the_input_changes_nothing(
     market: tuple[list[OpenDemand], dict[Lot, int]], settle_until_s: int | None, shuffler: random.Random
 ) -> None:
     demands, lots = market
     shuffled = list(demands)
     shuffler.shuffle(shuffled)
-    result = clear_lots(demands, lots, settle_until_s)
-    other = clear_lots(shuffled, dict(reversed(lots.items())), settle_until_s)
+    result = clear_lots(demands, lots, settle_until_s, gives_early=settle_until_s is None)
+    other = clear_lots(shuffled, dict(reversed(lots.items())), settle_until_s, gives_early=settle_until_s is None)
     by_meter = {
         one.meter: (taken, number) for number, (one, taken) in enumerate(zip(shuffled, other.taken, strict=True))
     }
@@ -247,6 +324,7 @@ def test_the_order_of_the_input_changes_nothing(
     if result.picked:
         assert [other.picked[by_meter[one.meter][1]] for one in demands] == list(result.picked)
     assert (other.shortages, other.group_shortage_wh) == (result.shortages, result.group_shortage_wh)
+    assert other.held_back == result.held_back
 
 
 def totals_by_line(result: Clearing) -> list[dict[int, int]]:
@@ -274,7 +352,7 @@ def test_where_nobody_restricts_anything_it_is_the_plain_market(
     result = clear_lots(demands, lots, H if settling else None)
     assert result == (settle(demands, available) if settling else fill_lines(demands, available))
     # The general way serves the same lines with as much in all, and single sources to the Wh.
-    board = _Board(demands, lots)
+    board = _Board(demands, lots, 0, [False] * len(demands), gives_early=False)
     lacking = board.fill([one.quotas for one in demands])
     plain = fill_lines(demands, available)
     general = board.clearing(lacking)

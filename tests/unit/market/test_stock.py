@@ -223,6 +223,17 @@ def test_more_than_the_lots_hold_is_refused_and_nothing_is_taken() -> None:
     assert stock.available(FIRST) == {Source.SOLAR: 100}
 
 
+def test_what_is_held_back_of_a_lot_is_not_free_and_can_be_taken_all_the_same() -> None:
+    stock = stock_of(of_lot(ROOF, 0, 50, "ola"), of_lot(MILL, 0, 50, "pia"), of_lot(MILL, 50, 60, "ola"))
+    ola = Lot(Source.SOLAR, 0, "ola", 10)
+    stock.hold_back({ola: 25, Lot(Source.SOLAR, 0, "pia", 10): 60})
+    assert list(stock.slices(FIRST)) == [of_lot(MILL, 50, 60, "ola"), of_lot(ROOF, 0, 25, "ola")]
+    assert stock.take_lots([ola], 60) == [of_lot(MILL, 50, 60, "ola"), of_lot(ROOF, 0, 50, "ola")]
+    assert list(stock.slices(FIRST)) == []
+    stock.hold_back({})
+    assert list(stock.slices(FIRST)) == [of_lot(MILL, 0, 50, "pia")]
+
+
 def test_reserves_are_known_by_interval() -> None:
     stock = stock_of(of_lot(ROOF, 0, 50, "ola", reserved=True))
     assert stock.holds_reserves(FIRST)
