@@ -15,6 +15,7 @@ from broker.commands.common import (
     add_command,
     add_config_option,
     add_group,
+    add_trust_option,
     print_row,
     read_as,
 )
@@ -53,7 +54,7 @@ def add_commands(commands: Any) -> None:
         _verify,
     )
     verify.add_argument("file", type=Path, metavar="FILE", help="a certificate")
-    verify.add_argument("--trust", type=Path, required=True, metavar="FILE", help="the ledger's trust file")
+    add_trust_option(verify)
     verify.add_argument(
         "--checkpoint",
         type=Path,

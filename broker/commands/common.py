@@ -64,6 +64,11 @@ def add_config_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the broker's config file (TOML)")
 
 
+def add_trust_option(parser: argparse.ArgumentParser) -> None:
+    """The option that names whom to believe; `load_trust` reads it."""
+    parser.add_argument("--trust", type=Path, required=True, metavar="FILE", help="the ledger's trust file")
+
+
 def add_signing_options(parser: argparse.ArgumentParser, who: str) -> None:
     """Options of a command that writes a signed statement; `who` signs it."""
     parser.add_argument("--genesis", type=Path, required=True, metavar="FILE", help="the ledger's genesis file")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from broker.commands.common import CHECKPOINT_FILE, DONE, FAILED, add_command, counted, read_as
+from broker.commands.common import CHECKPOINT_FILE, DONE, FAILED, add_command, add_trust_option, counted, read_as
 from broker.config import load_trust
 from broker.ledger.certificate import Certificate, is_certificate
 from broker.ledger.commit import CertifiedHeader
@@ -58,7 +58,7 @@ def add_commands(group: Any) -> None:
         group, "check-proof", "Check a proof with a trust file alone: exit 0 only if it holds.", _check_proof
     )
     check.add_argument("proof", type=Path, metavar="FILE", help="a proof, as `ledger prove` writes it")
-    check.add_argument("--trust", type=Path, required=True, metavar="FILE", help="the ledger's trust file")
+    add_trust_option(check)
     check.add_argument(
         "--certificate",
         type=Path,
@@ -70,13 +70,13 @@ def add_commands(group: Any) -> None:
         group, "certify", "Write a network's certificate of its last block, which `check-proof` checks.", _certify
     )
     certify.add_argument("--node", required=True, metavar="URL", help="RPC of a node of the network, http://HOST:PORT")
-    certify.add_argument("--trust", type=Path, required=True, metavar="FILE", help="the ledger's trust file")
+    add_trust_option(certify)
     certify.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write it")
     evidence = add_command(
         group, "evidence", "Check evidence against a ledger: exit 0 only if its validators cheated.", _evidence
     )
     evidence.add_argument("evidence", type=Path, metavar="FILE", help="the file that a broker wrote when it stopped")
-    evidence.add_argument("--trust", type=Path, required=True, metavar="FILE", help="the ledger's trust file")
+    add_trust_option(evidence)
 
 
 def _checkpoint(options: argparse.Namespace) -> int:

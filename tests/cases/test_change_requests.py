@@ -47,6 +47,17 @@ class Trade:
         self.anna.reports(400)
         self.market.settle()
 
+    def gate_1_passes_while_west_loses(self, topic: str, *, times: int) -> None:
+        """So often, west's connection loses what is said there."""
+        self.west.line.lose(topic, times=times)
+        self.market.gate_1_passes()
+        self.market.wait_until(lambda: self.west.line.lost != [], f"a message on {topic} to get lost")
+
+    def gate_2_passes_and_east_closes(self) -> None:
+        """Whatever else hangs, east settles the half hour."""
+        self.market.gate_2_passes()
+        self.market.wait_until(lambda: self.market.has_closed(self.east), "east to close")
+
     def orders(self) -> list[bytes]:
         """The first change request of this half hour, each time that it was said."""
         said = [message.payload for message in self.market.heard(FIRST)]
@@ -173,11 +184,8 @@ def test_4_first_repeated_it_is_answered_again_and_served_once(trade: Trade) -> 
 def test_4_first_late_after_the_half_hour_is_closed_the_ledger_refuses_to_serve_it(trade: Trade) -> None:
     """West was cut off, east gave up and closed. The order that arrives now is worth nothing any more."""
     trade.begins()
-    trade.west.line.lose(FIRST, times=1_000)
-    trade.market.gate_1_passes()
-    trade.market.wait_until(lambda: trade.west.line.lost != [], "the order to get lost")
-    trade.market.gate_2_passes()
-    trade.market.wait_until(lambda: trade.market.has_closed(trade.east), "east to close")
+    trade.gate_1_passes_while_west_loses(FIRST, times=1_000)
+    trade.gate_2_passes_and_east_closes()
     assert trade.anna.unmatched_wh() == 400
 
     trade.west.line.lose_nothing()
@@ -196,9 +204,7 @@ def test_4_first_late_after_the_half_hour_is_closed_the_ledger_refuses_to_serve_
 def test_4_second_lost_on_its_way_to_the_ledger_it_is_submitted_again(trade: Trade) -> None:
     """Its sender is killed, and never knew whether it had arrived. It submits the stored bytes anew."""
     trade.begins()
-    trade.west.line.lose(SUBMIT, times=1)
-    trade.market.gate_1_passes()
-    trade.market.wait_until(lambda: trade.west.line.lost != [], "the second change request to get lost")
+    trade.gate_1_passes_while_west_loses(SUBMIT, times=1)
     trade.west.loses_power()
     trade.west.comes_back()
     trade.market.gate_2()
@@ -233,11 +239,8 @@ def test_4_second_late_the_ledger_stands_still_for_a_while(trade: Trade) -> None
 def test_4_second_refused_its_order_was_voided_before(trade: Trade) -> None:
     """West takes the order, and the ledger its transfer only after east's gate 2: too late, so west keeps the wind."""
     trade.begins()
-    trade.west.line.lose(SUBMIT, times=1_000)
-    trade.market.gate_1_passes()
-    trade.market.wait_until(lambda: trade.west.line.lost != [], "the second change request to get lost")
-    trade.market.gate_2_passes()
-    trade.market.wait_until(lambda: trade.market.has_closed(trade.east), "east to close")
+    trade.gate_1_passes_while_west_loses(SUBMIT, times=1_000)
+    trade.gate_2_passes_and_east_closes()
 
     trade.west.line.lose_nothing()
     trade.west.loses_power()
@@ -279,13 +282,10 @@ def test_4_done_late_and_repeated_changes_nothing(trade: Trade) -> None:
 def test_4_done_that_is_not_true_moves_nothing(trade: Trade) -> None:
     """West's key says *done*, and nothing stands on the ledger."""
     trade.begins()
-    trade.west.line.lose(FIRST, times=1_000)
-    trade.market.gate_1_passes()
-    trade.market.wait_until(lambda: trade.west.line.lost != [], "the order to get lost")
+    trade.gate_1_passes_while_west_loses(FIRST, times=1_000)
     lie = OrderAnswer(content(trade.order()).order_id, AnswerStatus.DONE, 400, b"\1" * 32)
     trade.market.publish(DONE, trade.market.sealed_by("west", lie))
-    trade.market.gate_2_passes()
-    trade.market.wait_until(lambda: trade.market.has_closed(trade.east), "east to close")
+    trade.gate_2_passes_and_east_closes()
     trade.west.line.lose_nothing()
     trade.market.settle()
 

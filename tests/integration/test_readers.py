@@ -13,12 +13,10 @@ import time
 from contextlib import suppress
 
 import pytest
-from dengen_testing.waiting import wait_until
 from support.wire_peers import Clock, Peer, SerialPeer, meter
 
 from firmware_config.loader import WrongValue
-from meter_agent.config import ModbusRtuConfig, ModbusTcpConfig, P1Config
-from meter_agent.framing.p1 import crc16 as p1_crc16
+from meter_agent.config import ModbusRtuConfig, ModbusTcpConfig
 from meter_agent.profiles import SerialDefaults, load_profile
 from meter_agent.readers import create_reader, create_readers
 from meter_agent.readers.modbus import ModbusLine, ModbusReader, SerialTarget
@@ -384,92 +382,6 @@ def test_a_bad_reply_over_tcp_is_a_failure_and_the_next_read_is_right(peers, clo
     with pytest.raises(ReadFailure):
         reader.sample()
     assert reader.sample().export_mwh == 1_234_560_000
-
-
-def telegram(import_kwh: str) -> bytes:
-    body = f"/ISk5\\2MT382-1000\r\n\r\n1-3:0.2.8(50)\r\n1-0:1.8.1({import_kwh}*kWh)\r\n1-0:1.8.2(000000.000*kWh)\r\n!"
-    return body.encode() + b"%04X\r\n" % p1_crc16(body.encode())
-
-
-@pytest.fixture
-def p1(peers, closing):
-    """A P1 port, and a reader that has opened it and read 000001.000 kWh."""
-    peer = peers(SerialPeer())
-    peer.send(telegram("999999.999"))  # before the reader is there: never to be read
-    reader = closing(create_reader(meter(P1Config("p1", peer.port, timeout_s=2.0)), Clock()))
-    first = threading.Thread(target=lambda: samples.append(reader.sample()))
-    samples = []
-    first.start()
-    wait_until(lambda: reader._port is not None, "the port to be open")
-    peer.send(telegram("000001.000"))
-    first.join(10)
-    assert [sample.import_mwh for sample in samples] == [1_000_000]
-    reader._timeout_s = TIMEOUT_S
-    return peer, reader
-
-
-def test_the_newest_of_all_telegrams_that_came_is_read(p1):
-    peer, reader = p1
-    for i in range(2, 6):
-        peer.send(telegram(f"00000{i}.000"))
-    peer.send(telegram("000006.000")[:50])
-    # A pseudo-terminal hands bytes over in the background; the reader's thread shows when they are through.
-    wait_until(lambda: reader._port._framer.held_bytes == 50, "the unfinished telegram to arrive")
-    assert reader.sample().import_mwh == 5_000_000
-
-
-def test_no_telegram_is_given_out_twice(p1):
-    peer, reader = p1
-    with pytest.raises(ReadFailure, match="no telegram within"):
-        reader.sample()
-    peer.send(telegram("000002.000"))
-    reader._timeout_s = 2.0
-    assert reader.sample().import_mwh == 2_000_000
-
-
-def test_damaged_telegrams_are_refused_and_named(p1):
-    peer, reader = p1
-    peer.send(telegram("000002.000").replace(b"2.000", b"3.000"))
-    with pytest.raises(ReadFailure, match="refused: its CRC is"):
-        reader.sample()
-
-
-def test_more_than_the_kernel_holds_never_makes_a_telegram_stale(p1):
-    peer, reader = p1
-    for i in range(2, 200):
-        peer.send(telegram(f"{i:06d}.000"))
-    wait_until(lambda: reader._port._newest and reader._port._newest[0].import_mwh == 199_000_000, "the last telegram")
-    assert reader.sample().import_mwh == 199_000_000
-
-
-def test_an_unplugged_p1_cable_is_a_failure_and_comes_back_by_itself(peers, closing, tmp_path):
-    by_id = tmp_path / "usb-p1"
-    peer = peers(SerialPeer())
-    by_id.symlink_to(peer.port)
-    reader = closing(create_reader(meter(P1Config("p1", by_id, timeout_s=TIMEOUT_S)), Clock()))
-    with pytest.raises(ReadFailure, match="no telegram"):
-        reader.sample()
-    by_id.unlink()
-    peer.unplug()
-    with pytest.raises(ReadFailure, match="is gone"):
-        reader.sample()
-    with pytest.raises(ReadFailure, match="is missing; is the cable plugged in"):
-        reader.sample()
-    again = peers(SerialPeer())
-    by_id.symlink_to(again.port)
-    stop = threading.Event()
-
-    def repeat():
-        while not stop.wait(0.01):
-            again.send(telegram("000007.000"))
-
-    meter_thread = threading.Thread(target=repeat)
-    meter_thread.start()
-    try:
-        assert reader.sample().import_mwh == 7_000_000
-    finally:
-        stop.set()
-        meter_thread.join()
 
 
 def test_an_agent_that_reads_p1_never_imports_a_modbus_library(tmp_path):

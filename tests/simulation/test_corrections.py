@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -128,13 +129,18 @@ def test_an_open_demand_without_any_slice_is_corrected_down_and_closed_with_less
     assert books.unmatched_wh["anna", T0] == 250
 
 
-def random_demand_corrections(world: World, seed: int) -> None:
+def random_corrections(world: World, members: Mapping[str, Sequence[int]], more_wh: int, seed: int) -> None:
+    """Up to three revisions of each interval of these meters (Wh by interval), at any time in some hours."""
     chooser = random.Random(seed)
-    for consumer in world.plan.consumers:
-        for index, energy_wh in enumerate(consumer.energies_wh):
+    for meter, energies_wh in members.items():
+        for index, energy_wh in enumerate(energies_wh):
             for revision in range(1, chooser.randrange(4)):
-                amount = chooser.choice((0, energy_wh // 2, energy_wh, energy_wh + 100, 2 * energy_wh))
-                correct(world, consumer.meter, index, revision, amount, chooser.randrange(5 * INTERVAL_S))
+                amount = chooser.choice((0, energy_wh // 2, energy_wh, energy_wh + more_wh, 2 * energy_wh))
+                correct(world, meter, index, revision, amount, chooser.randrange(5 * INTERVAL_S))
+
+
+def random_demand_corrections(world: World, seed: int) -> None:
+    random_corrections(world, {plan.meter: plan.energies_wh for plan in world.plan.consumers}, 100, seed)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -258,12 +264,7 @@ def test_a_neighbours_correction_is_withdrawn_from_what_was_bought_of_it(folder:
 
 
 def random_reading_corrections(world: World, seed: int) -> None:
-    chooser = random.Random(seed)
-    for device in world.plan.devices:
-        for index, energy_wh in enumerate(device.energies_wh):
-            for revision in range(1, chooser.randrange(4)):
-                amount = chooser.choice((0, energy_wh // 2, energy_wh, energy_wh + 50, 2 * energy_wh))
-                correct(world, device.device, index, revision, amount, chooser.randrange(5 * INTERVAL_S))
+    random_corrections(world, {plan.device: plan.energies_wh for plan in world.plan.devices}, 50, seed)
 
 
 @pytest.mark.parametrize("seed", range(8))
