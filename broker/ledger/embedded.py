@@ -182,9 +182,9 @@ class EmbeddedLedger:
         """The entries of a page that proves this. Raises ProofFailed where it cannot be."""
         return prove(self._store, self.ledger, kind, place)
 
-    def made(self, party: str, device: str, start_s: int) -> tuple[bytes, ...]:
-        """What became of one device's interval, as that party is told; nothing if there is no such device."""
-        made = made_of(self._store, self.height, party, device, start_s)
+    def made(self, device: str, start_s: int) -> tuple[bytes, ...]:
+        """What became of one device's interval; nothing if there is no such device."""
+        made = made_of(self._store, self.height, device, start_s)
         return () if made is None else (made.to_bytes(),)
 
     def blocks(self, from_height: int) -> Iterator[bytes]:

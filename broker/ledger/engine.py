@@ -91,8 +91,8 @@ class LedgerEngine(Protocol):
     def prove(self, kind: QueryKind, place: int) -> tuple[bytes, ...]:
         """The entries of a page that proves this (`proving.prove`). Raises ProofFailed if it cannot be, or NotYet."""
 
-    def made(self, party: str, device: str, start_s: int) -> tuple[bytes, ...]:
-        """The entry of a page of kind MADE for that party (`broker.ledger.made`); none without such a device.
+    def made(self, device: str, start_s: int) -> tuple[bytes, ...]:
+        """The entry of a page of kind MADE (`broker.ledger.made`); none without such a device.
 
         Raises NotYet.
         """

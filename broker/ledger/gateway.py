@@ -132,7 +132,7 @@ class Gateway:
             return self._holdings(client, query)
         if query.kind is QueryKind.MADE:
             device = Name().decode((query.cursor or b"").decode("ascii", "replace"), "cursor")
-            entries = self._engine.made(client, device, query.place or 0)
+            entries = self._engine.made(device, query.place or 0)
             return Page(query.request_id, query.kind, self._engine.height, entries)
         return Page(query.request_id, query.kind, self._engine.height, self._proven(query))
 

@@ -196,11 +196,17 @@ class Withdrawals:
             self._desk.submit(BatchKind.TAKE_OVER, made.start_s, not_after_s, transfers)
 
     def _mend_deliveries(self, made: Made) -> None:
-        standing = {(item.asset.revision, item.from_wh): item.to_wh for item in made.given}
+        """Cut what was withdrawn off the deliveries. Of a slice that is its end: the highest Wh go first."""
         cuts: dict[tuple[int, str], list[Cut]] = {}
         for delivery in self._store.deliveries_from(made.device, made.start_s):
-            to_wh = standing.get((delivery.asset_revision, delivery.from_wh), delivery.from_wh)
-            if to_wh < delivery.to_wh:
-                cuts.setdefault((delivery.start_s, delivery.meter), []).append(Cut(delivery, to_wh))
-        for (start_s, meter), lost in sorted(cuts.items()):
-            self._cycle.withdraw(start_s, meter, lost)
+            lost = [
+                max(item.from_wh, delivery.from_wh)
+                for item in made.withdrawn
+                if item.asset.revision == delivery.asset_revision
+                and item.from_wh < delivery.to_wh
+                and item.to_wh > delivery.from_wh
+            ]
+            if lost:
+                cuts.setdefault((delivery.start_s, delivery.meter), []).append(Cut(delivery, min(lost)))
+        for (start_s, meter), of_demand in sorted(cuts.items()):
+            self._cycle.withdraw(start_s, meter, of_demand)

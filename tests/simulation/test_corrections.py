@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from broker.market.windows import Window
+from broker.ledger import made
+from broker.ledger.rules import generation
+from broker.market.windows import Span, Window
 from broker.protocol.messages import DeliveryState, Quality, ReceiptStatus
 from broker.protocol.sources import Source
+from broker.service.accounts import ledger_faults
 from broker.service.store import BrokerStore
 from simulation import audit
 from simulation.plans import PAIR, TRIO
@@ -295,4 +298,22 @@ def test_histories_with_windows_deadlines_and_corrections_balance_and_are_certif
     random_demand_corrections(world, seed)
     books = world.run(T0 + 12 * INTERVAL_S)
     audit.check(world, books)
+    audit.check_certificates(world, books)
+
+
+def test_deliveries_too_many_for_a_correction_to_look_through_stay_as_they_are(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ledger then takes only what nobody was given yet, and carries the rest; so must the broker."""
+    monkeypatch.setattr(generation, "MAX_SEARCHED_DELIVERIES", 1)
+    monkeypatch.setattr(made, "MAX_SEARCHED_DELIVERIES", 1)
+    world = World(SMALL, folder)
+    correct(world, "mill", 0, 1, 100, 3 * INTERVAL_S)
+    books = world.run(T0 + 6 * INTERVAL_S)
+    wind_wh = sum(wh for (_, start_s, source), wh in books.delivered_wh.items() if (start_s, source) == (T0, "wind"))
+    assert wind_wh == 400
+    store = BrokerStore(world.brokers["east"].config.database)
+    assert store.withdrawn("mill", T0) == [(0, 400, 700)]
+    assert ledger_faults(store, world.genesis, "east", folder / "ledger", Span(T0, T0 + 6 * INTERVAL_S)) == ()
+    store.close()
     audit.check_certificates(world, books)

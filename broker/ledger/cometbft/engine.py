@@ -188,9 +188,9 @@ class CometbftLedger:
         assert isinstance(answer, Proven)
         return answer.entries
 
-    def made(self, party: str, device: str, start_s: int) -> tuple[bytes, ...]:
+    def made(self, device: str, start_s: int) -> tuple[bytes, ...]:
         """What became of one device's interval, as a node says. Raises NotYet."""
-        answer = self._answer(MadeOf(party, device, start_s))
+        answer = self._answer(MadeOf(device, start_s))
         assert isinstance(answer, Proven)
         return answer.entries
 

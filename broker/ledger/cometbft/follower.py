@@ -101,7 +101,6 @@ class ProofOf:
 class MadeOf:
     """Asks what became of one device's interval; the answer is a Proven with one entry, or none."""
 
-    party: str
     device: str
     start_s: int
 
@@ -476,8 +475,8 @@ class Follower:
                     answer: Answer = self._signer(node, key_id)
                 case ProofOf(kind, place):
                     answer = _proven(node, kind, place)
-                case MadeOf(party, device, start_s):
-                    answer = _entries(node, "/made", [party, device, start_s])
+                case MadeOf(device, start_s):
+                    answer = _entries(node, "/made", [device, start_s])
                 case BlocksFrom(height):
                     answer = _blocks_page(node, height)
                 case HoldingsOf(party):

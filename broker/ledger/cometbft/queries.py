@@ -129,12 +129,12 @@ def _prove(sources: Sources, question: bytes) -> bytes:
         return cbor.encode([])
 
 
-_MADE_QUESTION: Final = Row((Name(), Name(), Unsigned()))
+_MADE_QUESTION: Final = Row((Name(), Unsigned()))
 
 
 def _made(sources: Sources, question: bytes) -> bytes:
-    party, device, start_s = _MADE_QUESTION.decode(_decoded(question), "question")
-    made = made_of(sources.store, sources.head.height, party, device, start_s)
+    device, start_s = _MADE_QUESTION.decode(_decoded(question), "question")
+    made = made_of(sources.store, sources.head.height, device, start_s)
     return cbor.encode([] if made is None else [made.to_bytes()])
 
 
