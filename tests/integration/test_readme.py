@@ -1,10 +1,13 @@
 """Every command in the README works as written: its shell blocks run in order, with a real MQTT server and meter.
 
+Everywhere else that a person reads of commands they and their options at least exist.
+
 Only what a reader has to fill in is filled in here: the MQTT server's port, and the gateway's own meter. `make` targets
 are looked up (`make demo` and the others have tests of their own), and `run` commands go to the background, as two
 terminals would have them.
 """
 
+import argparse
 import os
 import re
 import subprocess
@@ -17,9 +20,32 @@ import pytest
 from dengen_testing.mosquitto import Mosquitto
 from dengen_testing.wire.street import Street
 
+from broker import cli as broker_cli
+from meter_agent import cli as agent_cli
+
 ROOT: Final = Path(__file__).resolve().parents[2]
 README: Final = (ROOT / "README.md").read_text()
+EXAMPLES: Final = ROOT / "firmware_config" / "examples"
 LIMIT_S: Final = 240
+
+PARSERS: Final = {"energy-broker": broker_cli._parser(), "meter-agent": agent_cli._parser()}
+PAGES: Final = sorted(
+    path.relative_to(ROOT)
+    for path in (ROOT / "README.md", *(ROOT / "docs").iterdir(), *(ROOT / "deploy").rglob("*"), *EXAMPLES.iterdir())
+    if path.is_file() and path.suffix in ("", ".md", ".service", ".toml", ".conf")
+)
+
+
+def all_options(parser: argparse.ArgumentParser) -> set[str]:
+    """Those of a parser and of all commands below it."""
+    options = {option for action in parser._actions for option in action.option_strings}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            options |= {option for child in action.choices.values() for option in all_options(child)}
+    return options
+
+
+ALL_OPTIONS: Final = {option for parser in PARSERS.values() for option in all_options(parser)}
 
 # Each background command has to say that it reached the MQTT server or runs, and ends when the test does.
 BACKGROUND: Final = """
@@ -77,6 +103,27 @@ def test_every_make_target_of_the_readme_exists() -> None:
     makefile = (ROOT / "Makefile").read_text()
     assert {"demo", "test"} <= targets
     assert [target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)] == []
+
+
+def command_of(words: list[str], parser: argparse.ArgumentParser) -> argparse.ArgumentParser | None:
+    """The parser that these words lead to, as far as they name commands; None for a command that there is not."""
+    groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not groups or not words or words[0].startswith("-"):
+        return parser
+    return command_of(words[1:], groups[0].choices[words[0]]) if words[0] in groups[0].choices else None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_every_command_and_option_that_a_page_names_exists(page: Path) -> None:
+    text = re.sub(r"\\\n\s*", " ", (ROOT / page).read_text())
+    for program, rest in re.findall(r"\b(energy-broker|meter-agent) ((?!COMMAND)[^`\n|;&#]*)", text):
+        command = command_of(rest.split(), PARSERS[program])
+        assert command is not None, f"{program} {rest}"
+        known = {option for action in command._actions for option in action.option_strings}
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", rest)) <= known, f"{program} {rest}"
+    if page.suffix == ".md":
+        alone = set(re.findall(r"`(--[a-z][a-z0-9-]*)[ `]", text))
+        assert alone <= ALL_OPTIONS, alone - ALL_OPTIONS
 
 
 @pytest.mark.integration
