@@ -19,6 +19,7 @@ from broker.ledger.client import (
     HoldingsLoaded,
     LedgerClient,
     LedgerFault,
+    MadeKnown,
 )
 from broker.ledger.cometbft.engine import CometbftLedger
 from broker.ledger.cometbft.rpc import Checked
@@ -111,6 +112,24 @@ def test_a_refused_batch_is_told_to_the_broker(network: FakeNetwork) -> None:
         desk.turn()
     (refused,) = [event for event in desk.events if isinstance(event, BatchRefused)]
     assert not refused.transient
+
+
+def test_a_broker_learns_over_its_node_what_a_correction_withdrew(network: FakeNetwork) -> None:
+    desk = Turns(network)
+    issued = world.batch(world.issue("solar-1", 100), world.take("solar-1", 0, 60))
+    for raw in (B1, issued, world.batch(world.correct("solar-1", 30))):
+        desk.client.submit(raw)
+        desk.turn()
+        network.make_block()
+        for _ in range(3):
+            desk.turn()
+    desk.client.ask_made("solar-1", world.T0)
+    for _ in range(6):
+        desk.turn()
+    (known,) = [event for event in desk.events if isinstance(event, MadeKnown)]
+    # The provider's 40 Wh went first, then half of what the broker had taken.
+    assert [(item.from_wh, item.to_wh, item.owner) for item in known.made.held] == [(0, 30, "b1")]
+    assert [(item.from_wh, item.to_wh) for item in known.made.withdrawn] == [(30, 100)]
 
 
 def test_what_must_be_fetched_is_answered_after_a_later_commit(network: FakeNetwork) -> None:
