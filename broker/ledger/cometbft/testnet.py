@@ -98,7 +98,7 @@ def load_testnet(folder: Path) -> tuple[TestnetNode, ...]:
     """The nodes that `set_up` made. Raises OSError if there are none, ConfigError if their list is damaged."""
     file = folder / FILE_NAME
     try:
-        listing = json.loads(read_file(file, _MAX_LIST_BYTES))
+        listing = json.loads(read_file(file, _MAX_LIST_BYTES).decode())
         return tuple(TestnetNode(node["name"], folder / node["home"], node["rpc"], node["p2p"]) for node in listing)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError(
