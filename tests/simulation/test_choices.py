@@ -3,6 +3,8 @@
 T0 is an hour before a month ends: the first two intervals are the last of a day and of a month.
 """
 
+import os
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from simulation import audit
 from simulation.simulated_mqtt import Faults
 from simulation.world import GATE_1_S, GATE_2_S, INTERVAL_S, T0, Books, ConsumerPlan, DevicePlan, Plan, World
 
+FULL = os.environ.get("DENGEN_FULL") == "1"
 SECOND = T0 + INTERVAL_S
 THIRD = SECOND + INTERVAL_S
 
@@ -156,6 +159,42 @@ def test_killed_at_any_moment_everybody_gets_the_same(share: int, folder: Path) 
     world = World(DISTURBED, folder / "killed", kill_at=calm.moments * share // 12 + 1)
     assert world.run() == books
     audit.check(world, books)
+
+
+def random_plan(chooser: random.Random) -> Plan:
+    """One broker, and consumers of all windows, who can use several sources."""
+    consumers = []
+    for number in range(5):
+        shares = chooser.choice([(("any", 100),), (("solar", 60), ("any", 40)), (("renewable", 50), ("wind", 50))])
+        choices: dict[str, Any] = {"window": chooser.choice(list(Window))}
+        if chooser.random() < 0.3:
+            choices["excluded_providers"] = [chooser.choice(["ola", "pia"])]
+        energies_wh = tuple([chooser.choice([0, 100, 250]) for _ in range(3)])
+        shortage = chooser.choice([ShortageChoice.UNMATCHED, ShortageChoice.ANY])
+        consumers.append(ConsumerPlan(f"c{number}", "east", shares, energies_wh, shortage, choices=choices))
+    devices = [
+        DevicePlan(
+            f"d{number}",
+            chooser.choice(["ola", "pia"]),
+            "east",
+            chooser.choice([Source.SOLAR, Source.WIND]),
+            tuple([chooser.randrange(500) for _ in range(3)]),
+        )
+        for number in range(4)
+    ]
+    return Plan(("east",), "east", tuple(consumers), tuple(devices))
+
+
+@pytest.mark.parametrize("seed", range(60 if FULL else 6))
+def test_random_demands_of_all_windows_get_the_same_when_the_broker_is_killed(seed: int, folder: Path) -> None:
+    chooser = random.Random(seed)
+    plan = random_plan(chooser)
+    calm = World(plan, folder / "calm")
+    books = calm.run()
+    audit.check(calm, books)
+    killed = World(plan, folder / "killed", kill_at=chooser.randrange(1, calm.moments))
+    assert killed.run() == books
+    audit.check(killed, books)
 
 
 @pytest.mark.parametrize("seed", range(6))
