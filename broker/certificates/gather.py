@@ -56,7 +56,10 @@ def issue_certificate(
         raise CertificateError(f"no consumer {meter} is registered here; `energy-broker list consumers` names them")
     if not (ledger / FILE_NAME).is_file():
         raise LedgerError(ledger, f"holds no {FILE_NAME}; give the ledger's directory")
-    opened = Store.open_read_only(ledger / FILE_NAME)
+    try:
+        opened = Store.open_read_only(ledger / FILE_NAME)
+    except sqlite3.Error as error:
+        raise LedgerError(ledger, f"cannot be read: {error}; run `energy-broker ledger verify` on it") from error
     places: LedgerIndex | None = None
     try:
         with opened.snapshot():

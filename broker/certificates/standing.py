@@ -4,7 +4,6 @@ A proof of inclusion says that something was put on the ledger, never that it wa
 nothing else. A copy of the ledger says both. The copy is believed here: `energy-broker ledger verify` checks it.
 """
 
-import sqlite3
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,11 +14,11 @@ from typing import Any, Final
 from broker.certificates.contents import Contents, Line, utc_text
 from broker.certificates.verify import Verified
 from broker.ledger.chain import Head, genesis_hash
+from broker.ledger.inspect import opened
 from broker.ledger.merkle import hashes_from
 from broker.ledger.rules.step import clock_of, responsible_broker
 from broker.ledger.state import DEMAND, KEY, SLICE, DemandRow, Key, KeyRow, SliceRow, State, asset_key
-from broker.ledger.store import FILE_NAME, LedgerError, Store
-from broker.protocol.errors import MalformedMessage
+from broker.ledger.store import Store
 from broker.protocol.keys import public_key_from_cose
 from broker.protocol.messages import Genesis
 from broker.service.pseudonyms import day_of, interval_key, pseudonym
@@ -44,16 +43,8 @@ class Standing:
 
 def standing_in(verified: Verified, path: Path) -> Standing:
     """Hold a verified certificate against the ledger in directory `path`. Raises LedgerError if that cannot be read."""
-    if not (path / FILE_NAME).is_file():
-        raise LedgerError(path, f"holds no {FILE_NAME}; give the ledger's directory")
-    store = Store.open_read_only(path / FILE_NAME)
-    try:
-        with store.snapshot():
-            return standing(verified, store)
-    except (sqlite3.Error, IndexError, ValueError, MalformedMessage) as error:
-        raise LedgerError(path, f"cannot be read: {error}; run `energy-broker ledger verify` on it") from error
-    finally:
-        store.close()
+    with opened(path) as store:
+        return standing(verified, store)
 
 
 def standing(verified: Verified, store: Store) -> Standing:

@@ -2,11 +2,15 @@
 
 import argparse
 from datetime import UTC, datetime
+from typing import Final
 
 from broker.market.windows import DAY_S, Span, Window, window_span
 from broker.protocol.command_line import shown, time_s
 from broker.protocol.market_time import Interval
 from firmware_config.loader import WrongValue
+
+_LAST_YEAR: Final = 9_998
+"""So that the time after it is one, too."""
 
 
 def add_period_options(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +47,9 @@ def period_of(options: argparse.Namespace) -> Span:
 
 def _day_s(option: str, text: str, expected: str) -> int:
     try:
-        return int(datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC).timestamp())
+        day = datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC)
     except ValueError:
         raise WrongValue(option, f"{expected}, got {shown(text)}") from None
+    if not 1970 <= day.year <= _LAST_YEAR:
+        raise WrongValue(option, f"a year from 1970 to {_LAST_YEAR}, got {day.year}")
+    return int(day.timestamp())

@@ -81,7 +81,20 @@ home node-home""".splitlines()
 """A right value by the name of the argument; keys, outputs and what is not here are made below."""
 
 LONG: Final = "n" * 5_000
-TEXTS: Final = ("", "-1", "²", "9" * 30, "0001-01-01T00:00:00+14:00", "1960-01-01", "a b\x1b[31m\n", "=", "[", LONG)
+TEXTS: Final = (
+    "",
+    "-1",
+    "²",
+    "9" * 30,
+    "0001-01-01T00:00:00+14:00",
+    "1960-01-01",
+    "9999-12",
+    "9999-12-31",
+    "a b\x1b[31m\n",
+    "=",
+    "[",
+    LONG,
+)
 PATHS: Final = ("missing", "", LONG, "genesis.cbor/below", "/dev/zero", "missing/below")
 
 
@@ -93,6 +106,9 @@ def _another_database(path: Path) -> None:
     with closing(sqlite3.connect(path)) as database:
         database.execute("CREATE TABLE meta (name TEXT, value BLOB)")
 
+
+PERIOD: Final = ("month", "day", "from_s", "to_s")
+"""Of these a command wants one or two, which its parser does not know."""
 
 NAMED_BY_CONFIG: Final = {
     "energy-broker": ("genesis.cbor", "b1.pem", "data/broker.db", "ledger/ledger.sqlite3"),
@@ -246,6 +262,8 @@ def line(command: str, spoilt: argparse.Action, value: str, key: str) -> list[st
     words, places = command.split(), []
     groups = [group for group in COMMANDS[command]._mutually_exclusive_groups if group.required]
     needed = {group._group_actions[0].dest for group in groups if spoilt not in group._group_actions}
+    if spoilt.dest not in PERIOD:
+        needed.add("month")
     for action in COMMANDS[command]._actions:
         text = value if action is spoilt else good(words[0], action, key)
         if not action.option_strings:
