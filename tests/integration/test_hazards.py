@@ -101,7 +101,6 @@ SHOWN_BY = {
     ],
     11: [
         (READERS, "test_an_unplugged_adapter_is_a_failure_and_comes_back_by_itself"),
-        (READERS, "test_an_unplugged_p1_cable_is_a_failure_and_comes_back_by_itself"),
         (TELEGRAMS, "test_an_unplugged_head_is_a_failure_and_comes_back_by_itself_under_another_number"),
         (HERE, "test_a_reply_that_comes_in_batches_is_read"),
     ],

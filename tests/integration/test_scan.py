@@ -338,6 +338,8 @@ def test_ctrl_c_shows_what_was_found_so_far(start_bus: Callable[..., Any], capsy
     bus = start_bus(TcpBus, {1: sdm630(STATE)})
     bus.faults[2] = Fault.SILENT
     bus.meters[2] = sdm630(STATE)
+    # As in a terminal: whoever runs the tests in the background has the signal ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupt() -> None:
         wait_until(lambda: 2 in bus.asked, "device 2 to be asked", limit_s=20)
