@@ -257,15 +257,24 @@ class ForeignBroker:
             self.take_batch(raw)
 
     def take_batch(self, raw: bytes) -> None:
-        """What a block says: our own batches are committed, and others' transfers to us are ours."""
+        """What a block says: our own batches are committed, and others' transfers to us are ours.
+
+        The holdings may have come from a node that is behind, so a block may also tell of an earlier life of ours.
+        """
         operations = [cbor2.loads(operation) for operation in cbor2.loads(cbor2.loads(raw).value[2])[1]]
         own = [batch_id for batch_id, waiting in self.waiting.items() if waiting == raw]
         for code, body in operations:
             if code == 6 and body[4] == self.name:
                 asset, from_wh, to_wh, _, _, _, order = body
                 self.own(asset, self.source_of(asset, order), from_wh, to_wh)
-                if order is not None:
-                    self.orders_out[cbor2.loads(cbor2.loads(order).value[2])[0]]["open"] = False
+                order_id = None if order is None else cbor2.loads(cbor2.loads(order).value[2])[0]
+                if order_id in self.orders_out:
+                    self.orders_out[order_id]["open"] = False
+            elif code == 6 and body[3] == self.name:
+                self.give_up(body[0], body[1], body[2])
+            elif code == 7:
+                for *asset, from_wh, to_wh, _ in body[7]:
+                    self.give_up(asset, from_wh, to_wh)
         for batch_id in own:
             self.finish(batch_id, committed=True)
 
@@ -276,6 +285,12 @@ class ForeignBroker:
 
     def own(self, asset: list[Any], source: int, from_wh: int, to_wh: int) -> None:
         self.stock.append({"asset": asset, "source": source, "from_wh": from_wh, "to_wh": to_wh})
+
+    def give_up(self, asset: list[Any], from_wh: int, to_wh: int) -> None:
+        """A range that is not ours any more; most often it is out of the stock already. We give from the front."""
+        for held in self.stock:
+            if held["asset"] == asset and held["from_wh"] <= from_wh < held["to_wh"]:
+                held["from_wh"] = to_wh
 
     def take_from_stock(self, source: int, start_s: int, energy_wh: int) -> list[tuple[list[Any], int, int]]:
         """Ranges of that source and interval, up to so many Wh."""

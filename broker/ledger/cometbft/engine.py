@@ -36,6 +36,7 @@ MAX_BLOCKS_AHEAD: Final = 64
 """Blocks that wait for the broker's loop. Beyond it the worker asks for no more."""
 
 MAX_ANSWERS_KEPT: Final = 256
+"""Answers, and questions that an answer is wanted to. Who asked for an older one asks again."""
 
 AHEAD_PAUSE_S: Final = 0.05
 _CLOSE_LIMIT_S: Final = 10.0
@@ -94,7 +95,9 @@ class CometbftLedger:
         self._batches: dict[bytes, None] = {}
         self._batches_bytes = 0
         self._questions: dict[Question, None] = {}
+        self._fetched: dict[Question, Answer] = {}
         self._answers: dict[Question, Answer] = {}
+        self._awaited: dict[Question, None] = {}
         self._blocks: list[bytes] = []
         self._results: list[ClientResult] = []
         self._checkpoint: bytes | None = None
@@ -159,13 +162,21 @@ class CometbftLedger:
         return None
 
     def commit(self) -> Committed:
-        """What has become known since the last call. Raises RuntimeError if the worker has died of its own fault."""
+        """What has become known since the last call. Raises RuntimeError if the worker has died of its own fault.
+
+        Whoever waits for an answer asks again now. One that nobody waits for any more is dropped: it would be old news
+        to whoever asks the same another day.
+        """
         if self._started and not self._thread.is_alive():
             raise RuntimeError("the thread that follows the ledger's network has ended; its traceback stands above")
         with self._changed:
             blocks, self._blocks = tuple(self._blocks), []
             results, self._results = tuple(self._results), []
+            fetched, self._fetched = self._fetched, {}
             self._height = max(self._height, self._blocks_height)
+        for question in self._answers:
+            self._awaited.pop(question, None)
+        self._answers = {question: answer for question, answer in fetched.items() if question in self._awaited}
         return Committed(blocks, results)
 
     def open_view(self, party: str) -> "HoldingsOfParty":
@@ -201,9 +212,13 @@ class CometbftLedger:
 
     def _answer(self, question: Question) -> Answer:
         """An answer, handed out once: the next time it may be another one."""
+        if question in self._answers:
+            self._awaited.pop(question, None)
+            return self._answers.pop(question)
+        while len(self._awaited) >= MAX_ANSWERS_KEPT:
+            del self._awaited[next(iter(self._awaited))]
+        self._awaited[question] = None
         with self._changed:
-            if question in self._answers:
-                return self._answers.pop(question)
             self._questions[question] = None
             self._changed.notify()
         raise NotYet(f"{question} is being fetched")
@@ -247,6 +262,6 @@ class CometbftLedger:
             self._checkpoint = news.checkpoint or self._checkpoint
             self._blocks_height = self._follower.height
             for question, answer in news.answers.items():
-                while len(self._answers) >= MAX_ANSWERS_KEPT:
-                    del self._answers[next(iter(self._answers))]
-                self._answers[question] = answer
+                while len(self._fetched) >= MAX_ANSWERS_KEPT:
+                    del self._fetched[next(iter(self._fetched))]
+                self._fetched[question] = answer

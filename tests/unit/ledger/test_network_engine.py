@@ -146,6 +146,52 @@ def test_what_must_be_fetched_is_answered_after_a_later_commit(network: FakeNetw
     assert len([outgoing for outgoing in answers if _kind(outgoing.payload) == "PAGE"]) == 1
 
 
+def test_an_answer_that_nobody_waited_for_is_not_given_to_whoever_asks_the_same_later(
+    network: FakeNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = Turns(network, party="b1", gateway_as="b1")
+    network.nodes[0].submit(B1)
+    network.make_block()
+    for _ in range(4):
+        desk.turn()
+
+    def asks(request_id: bytes) -> list[Page]:
+        query = Query(request_id, QueryKind.HOLDINGS, None, None)
+        return pages(desk.gateway.on_message(envelope.seal(query, world.key("b1"), world.LEDGER, "b1")))
+
+    def pages(answers: list[gateway.Outgoing]) -> list[Page]:
+        told = [answer.payload for answer in answers if answer.topic.endswith("/result/b1")]
+        messages = [envelope.open_envelope(raw, world.LEDGER, desk.engine.signer).message for raw in told]
+        return [message for message in messages if isinstance(message, Page)]
+
+    # The loop goes on while the worker fetches: a client that asks twice leaves one answer more than it has questions.
+    got: list[Page] = []
+    meanwhile = [lambda: asks(b"question"[::-1]), lambda: pages(desk.gateway.commit())]
+    query_node = network.nodes[0].query
+
+    def query(path: str, data: bytes) -> bytes:
+        if path == "/holdings" and meanwhile:
+            got.extend(meanwhile.pop(0)())
+        return query_node(path, data)
+
+    monkeypatch.setattr(network.nodes[0], "query", query)
+    got += asks(b"question")
+    for _ in range(2):
+        desk.engine.work_once(desk.now_s)
+    got += pages(desk.gateway.commit())
+    desk.engine.work_once(desk.now_s)
+    got += pages(desk.gateway.commit())
+    assert [page.height for page in got] == [1, 1]
+
+    network.nodes[0].submit(world.batch(world.issue("solar-1", 100), world.take("solar-1", 0, 60)))
+    network.make_block()
+    later = asks(b"a day on")
+    for _ in range(2):
+        desk.engine.work_once(desk.now_s)
+        later += pages(desk.gateway.commit())
+    assert [(page.height, len(page.entries)) for page in later] == [(2, 1)]
+
+
 def test_a_foreign_broker_follows_through_a_gateway_that_speaks_for_a_validator(network: FakeNetwork) -> None:
     host = Turns(network, gateway_as="v1")
     foreign = LedgerClient(network.genesis, "b2", world.key("b2"), world.counting_bytes())
@@ -256,6 +302,7 @@ def test_the_worker_wakes_the_loop_and_ends_when_it_is_closed(network: FakeNetwo
         engine.blocks(1)
     assert time.monotonic() - began_s < 0.5
     assert woken.wait(5)
+    engine.commit()
     assert list(engine.blocks(1)) == []
     engine.close()
     assert not engine.running
