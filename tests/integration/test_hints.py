@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from dengen_testing.listener import Listener
@@ -42,16 +42,15 @@ class Meter:
         pass
 
 
+def meter(folder: Path, name: str, direction: Literal["consumption", "generation"]) -> MeterConfig:
+    key_file = folder / f"{name}.pem"
+    save_private_key(key_file, generate_private_key())
+    reader = P1Config("p1", Path("/dev/null"))
+    return MeterConfig(direction, key_file, 100_000, reader, sample_period_s=0.1, register="import")
+
+
 def config(folder: Path, mosquitto: Mosquitto, *, hints: bool = True) -> AgentConfig:
-    meters = {}
-    for name in ("house", "roof"):
-        save_private_key(folder / f"{name}.pem", generate_private_key())
-        meters[name] = MeterConfig(
-            *("consumption" if name == "house" else "generation", folder / f"{name}.pem", 100_000),  # type: ignore[arg-type]
-            P1Config("p1", Path("/dev/null")),
-            sample_period_s=0.1,
-            register="import",
-        )
+    meters = {"house": meter(folder, "house", "consumption"), "roof": meter(folder, "roof", "generation")}
     broker = PartyKey("east", BROKER_KEY.public.cose_key.hex())
     settings = AgentSettings(folder / "data", broker, LEDGER, name="gateway", hints=hints)
     return AgentConfig(settings, meters, mosquitto.mqtt_config(), HomeAssistantConfig(period_s=0.1))

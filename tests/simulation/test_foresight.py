@@ -8,7 +8,7 @@ from support.schema import schema_check
 
 from broker.market.forecast import expected_surplus
 from broker.protocol.market_time import Interval
-from broker.protocol.messages import Forecast, Hint, Message, SupplyLevel
+from broker.protocol.messages import Forecast, Hint, Message, MessageType, SourceOutlook, SupplyLevel
 from broker.protocol.sources import Source
 from broker.service.foresight import heard_forecasts, stored_expectation
 from broker.service.store import BrokerStore
@@ -153,3 +153,34 @@ def test_hints_go_out_a_few_at_a_time_and_all_of_them(watched: Watched, monkeypa
     watched.again()
     assert watched.hints("west", "ben")
     assert watched.hints("west", "cleo")
+
+
+# What a neighbour's forecast is good for
+
+
+@pytest.mark.parametrize(("forecast_by", "asked_first"), [(None, "east"), ("east", "east"), ("south", "south")])
+def test_of_neighbours_that_announce_too_little_the_one_that_forecast_more_is_asked_first(
+    forecast_by: str | None, asked_first: str, folder: Path
+) -> None:
+    """Both have less wind than the step in which stock is announced. Without any forecast their names decide."""
+    plan = Plan(
+        ("east", "south", "west"),
+        "west",
+        (ConsumerPlan("ben", "west", (("wind", 100),), (300,)),),
+        tuple(DevicePlan(f"mill-{name}", "ola", name, Source.WIND, (60,)) for name in ("east", "south")),
+        links=(("east", "west"), ("south", "west")),
+    )
+    world = World(plan, folder)
+    day_s = T0 - T0 % DAY_S
+    if forecast_by is not None:
+        outlook = SourceOutlook(Source.WIND, (T0 - day_s) // INTERVAL_S, 0, 700)
+        forecast = Forecast(forecast_by, day_s, day_s + DAY_S, (outlook,), (0,) * (DAY_S // INTERVAL_S))
+        store = store_of(world, "west")
+        store.begin()
+        store.set_heard(day_s, MessageType.FORECAST, forecast_by, forecast.to_payload())
+        store.commit()
+        store.close()
+    world.run()
+    store = store_of(world, "west")
+    assert [row.neighbour for row in store.orders_out(T0) if row.round_number == 1] == [asked_first]
+    store.close()

@@ -13,11 +13,13 @@ from scipy.optimize import linprog
 
 from broker.market.contracts import ShortageChoice
 from broker.market.partners import MAX_TIMEOUTS
+from broker.market.rounds import round_limit_s
+from broker.protocol.messages import AnswerStatus, Cleared, Order, OrderAnswer
 from broker.protocol.sources import Source
 from broker.service.store import BrokerStore, OrderInRow, OrderOutRow
 from simulation import audit
-from simulation.simulated_mqtt import Faults
-from simulation.world import GATE_2_S, INTERVAL_S, T0, ConsumerPlan, DevicePlan, Plan, World
+from simulation.simulated_mqtt import Faults, Message
+from simulation.world import GATE_1_S, GATE_2_S, INTERVAL_S, T0, ConsumerPlan, DevicePlan, Plan, World
 
 FULL = os.environ.get("DENGEN_FULL") == "1"
 
@@ -142,6 +144,79 @@ def test_whoever_on_the_path_dies_for_good_everything_stays_consistent(dead: str
     world.patience_s = 80.0
     books = world.run()
     audit.check(world, books)
+
+
+def test_an_order_of_a_round_for_passing_on_is_not_passed_on_any_further(folder: Path) -> None:
+    """West orders of mid once more, in round 2, in which mid passes on what west ordered in round 1."""
+    plan = replace(CHAIN, consumers=(replace(CHAIN.consumers[0], energies_wh=(100,)),))
+    world = World(plan, folder)
+    second = b"2" * 16
+
+    def order_again(message: Message) -> None:
+        if message.topic == world.topics.request("mid"):
+            world.server.listeners.remove(order_again)
+            first = world.opened(message.payload)
+            assert isinstance(first, Order)
+            assert first.round_number == 1
+            raw = world.signed(replace(first, order_id=second, round_number=2), "west")
+            world.say("west", message.topic, raw)
+
+    world.server.listeners.append(order_again)
+    answers = world.listen(world.topics.response("west", "mid"))
+    world.run()
+    told: dict[bytes, list[AnswerStatus]] = {}
+    for raw in answers:
+        answer = world.opened(raw)
+        assert isinstance(answer, OrderAnswer)
+        told.setdefault(answer.order_id, []).append(answer.status)
+    assert told.pop(second) == [AnswerStatus.REFUSED]
+    assert list(told.values()) == [[AnswerStatus.PASSED_ON, AnswerStatus.DONE]]
+
+
+def test_an_order_that_is_too_cheap_for_anybody_else_is_refused_in_the_round_for_passing_it_on(folder: Path) -> None:
+    plan = replace(CHAIN, consumers=(replace(CHAIN.consumers[0], energies_wh=(100,)),))
+    world = World(plan, folder)
+    west = world.brokers["west"]
+    west.config = replace(west.config, market=replace(west.config.market, highest_price=50))
+    said: list[str] = []
+
+    def note(message: Message) -> None:
+        if message.topic == world.topics.response("west", "mid"):
+            answer = world.opened(message.payload)
+            assert isinstance(answer, OrderAnswer)
+            said.append(answer.status.name)
+        elif message.topic == world.topics.cleared("mid"):
+            cleared = world.opened(message.payload)
+            assert isinstance(cleared, Cleared)
+            if cleared.start_s == T0:
+                said.append(f"round {cleared.round_number}")
+
+    world.server.listeners.append(note)
+    world.run(T0 + INTERVAL_S + GATE_2_S - 1)
+    assert said[:5] == ["round 0", "round 1", "PASSED_ON", "REFUSED", "round 2"]
+    assert not orders(world, "mid")[0]
+
+
+def test_an_order_whose_round_for_passing_on_was_missed_is_refused_in_the_next(folder: Path) -> None:
+    """Mid hears nothing of east's round 1 and waits for it until the time of round 2 is up as well."""
+    world = World(replace(CHAIN, host="mid"), folder, may_wait=True)
+    world.patience_s = 2.0
+
+    def is_kept_away(message: Message, subscriber: str) -> bool:
+        if message.topic != world.topics.cleared("east") or not subscriber.endswith("mid"):
+            return False
+        cleared = world.opened(message.payload)
+        assert isinstance(cleared, Cleared)
+        return cleared.round_number != 0
+
+    world.server.partition = is_kept_away
+    gate_1_s = T0 + INTERVAL_S + GATE_1_S
+    world.run(gate_1_s + 60)
+    # West would give its order up by itself.
+    world.hold_down("west")
+    world.server.partition = is_kept_away
+    world.run(round_limit_s(2, gate_1_s, T0 + INTERVAL_S + GATE_2_S) + 10)
+    assert [(row.round_number, row.state) for row in orders(world, "mid")[1]] == [(1, "refused")]
 
 
 # Rounds
