@@ -111,7 +111,8 @@ class MarketSection:
     `highest_price` is what neighbours are offered at most where a contract says nothing. The margins come on top of
     what the broker itself paid, for its consumers and for its neighbours. `passes_on`: what a neighbour orders and is
     not here is ordered from others for it. `own_groups_first`: own lines of groups are filled before neighbours are
-    served; otherwise neighbours' lines of single sources come before them.
+    served; otherwise neighbours' lines of single sources come before them. `keeps_for_windows`: neighbours do not get
+    what own consumers with a longer window are expected to want later in the day.
     """
 
     highest_price: Annotated[int, Between(0, MAX_PRICE)] = 1_000_000
@@ -119,6 +120,7 @@ class MarketSection:
     neighbour_margin: Annotated[int, Between(0, MAX_PRICE)] = 0
     passes_on: bool = True
     own_groups_first: bool = False
+    keeps_for_windows: bool = False
 
 
 UNMATCHED_LABEL: Final = "unmatched"

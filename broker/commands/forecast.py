@@ -21,18 +21,18 @@ def add_commands(commands: Any) -> None:
 
 
 def _forecast(options: argparse.Namespace) -> int:
-    from broker.service.foresight import heard_forecasts, stored_expectation
+    from broker.service.foresight import heard_forecasts, stored_expectations
     from broker.service.store import BrokerStore
 
     config = load_broker_config(options.config)
     genesis = load_genesis(config.ledger.genesis_file)
     store = BrokerStore(config.database)
     try:
-        expectation = stored_expectation(store, genesis.interval_s)
+        expectations = stored_expectations(store, genesis.interval_s)
         heard = heard_forecasts(store)
     finally:
         store.close()
-    rows = list(_own_rows(expectation, config.broker.name)) if expectation is not None else []
+    rows = list(_own_rows(expectations[-1], config.broker.name)) if expectations else []
     for forecast in heard:
         rows += _rows_of(forecast, genesis)
     for row in rows:

@@ -48,12 +48,15 @@ class HistoryKind(IntEnum):
     GENERATED = 0
     DEMANDED = 1
     BOUGHT = 2
+    FLEXIBLE = 3
+    """The part of what was demanded that energy of other intervals of the day may serve as well."""
 
 
 _WEIGHTS: Final[Mapping[HistoryKind, tuple[tuple[int, int], ...]]] = {
     HistoryKind.GENERATED: _NEWER_COUNTS_MORE,
     HistoryKind.DEMANDED: _WEEKDAYS_COUNT_DOUBLE,
     HistoryKind.BOUGHT: _NEWER_COUNTS_MORE,
+    HistoryKind.FLEXIBLE: _WEEKDAYS_COUNT_DOUBLE,
 }
 """By kind (days back, weight): the sun knows no weekends."""
 
@@ -72,6 +75,7 @@ class Expectation:
     """What is expected of the UTC day that begins at `day_start_s`: Wh of each interval, in their order.
 
     `bought` is what neighbours have been giving; `generated` and `bought` are by source, `demanded` by line target.
+    `flexible` is the part of `demanded` by consumers whose window is longer than one interval.
     """
 
     day_start_s: int
@@ -79,6 +83,7 @@ class Expectation:
     generated: Mapping[Source, tuple[int, ...]]
     demanded: Mapping[Target, tuple[int, ...]]
     bought: Mapping[Source, tuple[int, ...]]
+    flexible: Mapping[Target, tuple[int, ...]]
 
     @property
     def intervals(self) -> range:
@@ -96,6 +101,10 @@ class Expectation:
     def demand(self, index: int) -> dict[Target, int]:
         """Wh expected to be demanded for each line target in one interval."""
         return {target: energies[index] for target, energies in self.demanded.items()}
+
+    def flexible_demand(self, index: int) -> dict[Target, int]:
+        """The part of `demand` that energy of other intervals may serve as well."""
+        return {target: energies[index] for target, energies in self.flexible.items()}
 
 
 class Division(NamedTuple):
@@ -139,6 +148,7 @@ def expect(history: Iterable[HistoryRow], day_start_s: int, interval_s: int) -> 
         _by_source(expected[HistoryKind.GENERATED]),
         expected[HistoryKind.DEMANDED],
         _by_source(expected[HistoryKind.BOUGHT]),
+        expected[HistoryKind.FLEXIBLE],
     )
 
 
@@ -176,8 +186,11 @@ def divide(supply: Mapping[Source, int], demand: Mapping[Target, int]) -> Divisi
     return Division(filled, left)
 
 
-def forecast_of(expectation: Expectation, broker: str) -> Forecast:
-    """What a broker tells its neighbours: shortage and surplus of its own generation, in steps of COARSE_WH."""
+def forecast_of(expectation: Expectation, broker: str, kept_wh: Sequence[Mapping[Source, int]] = ()) -> Forecast:
+    """What a broker tells its neighbours: shortage and surplus of its own generation, in steps of COARSE_WH.
+
+    `kept_wh`: for each interval, Wh by source of what is left that neighbours will not get; empty if there is none.
+    """
     outlooks: list[SourceOutlook] = []
     group_shortages = []
     for index in expectation.intervals:
@@ -187,10 +200,10 @@ def forecast_of(expectation: Expectation, broker: str) -> Forecast:
         group_shortages.append(
             _coarse(sum([energy_wh for target, energy_wh in short_wh.items() if isinstance(target, SourceGroup)]))
         )
+        kept = kept_wh[index] if kept_wh else {}
         for source in Source:
-            outlook = SourceOutlook(
-                source, index, _coarse(short_wh.get(source, 0)), _coarse(division.left.get(source, 0))
-            )
+            surplus_wh = division.left.get(source, 0) - kept.get(source, 0)
+            outlook = SourceOutlook(source, index, _coarse(short_wh.get(source, 0)), _coarse(surplus_wh))
             if outlook.shortage_wh or outlook.surplus_wh:
                 outlooks.append(outlook)
     start_s = expectation.day_start_s

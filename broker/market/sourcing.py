@@ -277,7 +277,7 @@ def plan_orders(
     """Whom to ask for what is short, by neighbour name and source. Every short Wh is asked of one neighbour only.
 
     `shortages` and `group_shortage_wh` are a clearing's, less what is still coming. `asked` are the (neighbour, source)
-    of whom nothing came for this interval and who are not asked again. Single sources come first. Each shortage goes to
+    who gave less than was asked of them for this interval and are not asked again. Single sources come first. Each shortage goes to
     the cheapest of `offers` first, then the next, as far as each goes; of two at one price to the one from which more
     can be expected: what it announced times `trust_ppm`, the part of earlier orders that it gave (all, if not known).
     Then come the offers `through` neighbours, of what they could pass on from others, in the same way. What nothing of

@@ -117,11 +117,13 @@ class Broker:
         *,
         passes_on: bool,
         own_groups_first: bool,
+        keeps_for_windows: bool,
         jitter: Callable[[], int],
         recovers: bool = False,
     ) -> None:
         """`passes_on`: ask others for what neighbours want. `own_groups_first`: own lines of groups are served before
-        neighbours are. `jitter` gives 0 to 255 at random. `recovers`: the store may be older than the ledger, and what
+        neighbours are. `keeps_for_windows`: neighbours do not get what own consumers are expected to want later in the
+        day. `jitter` gives 0 to 255 at random. `recovers`: the store may be older than the ledger, and what
         it has forgotten is taken back from there.
         """
         self.outputs = Outputs()
@@ -136,6 +138,11 @@ class Broker:
         self._desk = BatchDesk(identity, store, self.outputs)
         self._registry = Registry(store)
         self._intake = Intake(identity, self._calendar, topics, store, self._registry, self.outputs)
+        self._foresight = Foresight(
+            *(identity, self._calendar, topics, store, self._registry, self.outputs),
+            has_neighbours=bool(neighbours),
+            keeps_for_windows=keeps_for_windows,
+        )
         self._cycle = Cycle(
             identity,
             self._calendar,
@@ -148,6 +155,7 @@ class Broker:
             self.outputs,
             tariff,
             own_groups_first=own_groups_first,
+            will_want=self._foresight.wanted_of_now,
         )
         self._neighbours = Neighbours(
             identity,
@@ -163,9 +171,6 @@ class Broker:
             passes_on=passes_on,
             is_own_device=lambda device: self._registry.device(device) is not None,
             jitter=jitter,
-        )
-        self._foresight = Foresight(
-            identity, self._calendar, topics, store, self._registry, self.outputs, has_neighbours=bool(neighbours)
         )
         self._corrections = DemandCorrections(store, self._desk, self._cycle, self._put_back)
         self._deadline_s = genesis.correction_deadline_s

@@ -11,7 +11,7 @@ Meanwhile the open quotas count as pledged when the consumer's next demand is di
 claim the same share again and again.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Final, NamedTuple
@@ -29,12 +29,14 @@ from broker.ledger.operations import (
 )
 from broker.market.clearing import GROUPS, Clearing, OpenDemand, Taken, fill_lines, settle
 from broker.market.contracts import History, history_start
+from broker.market.forecast import Target
+from broker.market.keeping import kept
 from broker.market.lots import Lot
 from broker.market.matching import are_plain, clear_lots
 from broker.market.mix import apportion, quotas
 from broker.market.stock import AssetKey, HeldSlice, Stock
 from broker.market.tariff import Tariff
-from broker.market.windows import Span, window_span
+from broker.market.windows import DAY_S, Span, window_span
 from broker.market.windows import Window as MarketWindow
 from broker.protocol.market_time import Interval, MarketCalendar
 from broker.protocol.messages import NO_LINE, Carrier, DeliveredLine, Delivery, DeliveryState, MessageType
@@ -164,8 +166,12 @@ class Cycle:
         tariff: Tariff,
         *,
         own_groups_first: bool,
+        will_want: Callable[[Interval], Mapping[Target, int]],
     ) -> None:
-        """`own_groups_first`: energy is held back for own lines of groups before neighbours are served, too."""
+        """`own_groups_first`: energy is held back for own lines of groups before neighbours are served, too.
+
+        `will_want`: Wh that own consumers will want, later in the day, of what is there in that interval.
+        """
         self._identity = identity
         self._calendar = calendar
         self._area = area
@@ -177,6 +183,7 @@ class Cycle:
         self._outputs = outputs
         self._tariff = tariff
         self._own_groups_first = own_groups_first
+        self._will_want = will_want
         self._short: dict[DemandKey, ShortDemand] = {}
         """Of the current interval."""
         self._open: dict[DemandKey, ShortDemand] = {}
@@ -583,14 +590,23 @@ class Cycle:
     def hold_back(self, *, with_groups: bool) -> None:
         """Find out what of the stock waits for whom, of all lines or of those of single sources. Decides nothing.
 
-        It comes to the same after a restart, because it looks at nothing but the stock and at demands that are short.
+        It comes to the same after a restart, because it looks at nothing but the stock, at demands that are short, and
+        at what was forecast.
         """
         demands = [*self._short.values(), *self._open.values()]
+        held_back: dict[Lot, int] = {}
         if any(demand.waits for demand in demands):
             opened = self._opened(demands, {}, with_groups=with_groups or self._own_groups_first)
-            self._stock.hold_back(self._clear(opened, None, gives_early=False).held_back)
-        else:
-            self._stock.hold_back({})
+            held_back = self._clear(opened, None, gives_early=False).held_back
+        wanted_wh = self._will_want(self.current) if self.current is not None else {}
+        if wanted_wh:
+            assert self.current is not None
+            day_s = self.current.start_s - self.current.start_s % DAY_S
+            lots = self._stock.lots(day_s, self.current.end_s)
+            free_wh = {lot: energy_wh - held_back.get(lot, 0) for lot, energy_wh in lots.items()}
+            for lot, energy_wh in kept(wanted_wh, free_wh).items():
+                held_back[lot] = held_back.get(lot, 0) + energy_wh
+        self._stock.hold_back(held_back)
 
     def _divide(self, demand: ShortDemand, account: Account) -> tuple[int, ...]:
         """The quotas of a demand, by what was delivered and what is pledged under the same account."""

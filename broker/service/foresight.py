@@ -3,7 +3,8 @@
 Every accepted reading and demand is added to the history of its interval in the same commit, so nothing has to look at
 a month of messages at once and a restart neither loses nor repeats anything. When the interval that ends at noon (UTC,
 market time) is closed, the next day is forecast from the history before that moment; what was forecast is kept, and
-said again after a reconnect with the same bytes. Nothing here touches energy.
+said again after a reconnect with the same bytes. Nothing here touches energy; what is kept for consumers by forecast
+(`wanted_of_now`) is kept by the cycle.
 """
 
 from typing import Final
@@ -20,8 +21,9 @@ from broker.market.forecast import (
     forecast_of,
     supply_levels,
 )
+from broker.market.keeping import kept_of_day, wanted_of_now
 from broker.market.statements import Flow
-from broker.market.windows import DAY_S
+from broker.market.windows import DAY_S, Window
 from broker.protocol.market_time import Interval, MarketCalendar
 from broker.protocol.messages import Forecast, Hint, MessageType, MeterValue, Reading, SupplyLevel
 from broker.protocol.sources import Source, SourceGroup
@@ -52,7 +54,9 @@ class Foresight:
         outputs: Outputs,
         *,
         has_neighbours: bool,
+        keeps_for_windows: bool,
     ) -> None:
+        """`keeps_for_windows`: neighbours do not get what own consumers will want later in the day."""
         self._identity = identity
         self._calendar = calendar
         self._topics = topics
@@ -60,9 +64,11 @@ class Foresight:
         self._registry = registry
         self._outputs = outputs
         self._has_neighbours = has_neighbours
+        self._keeps_for_windows = keeps_for_windows
         self._counted_uwh: dict[tuple[int, HistoryKind, Target], int] = {}
-        self._expectation = stored_expectation(store, calendar.interval_s)
-        self._tried_day_s = self._expectation.day_start_s if self._expectation is not None else 0
+        self._expectations = stored_expectations(store, calendar.interval_s)
+        """Of the days that were forecast last, the newest at the end: the one before it is going on until midnight."""
+        self._tried_day_s = self._expectations[-1].day_start_s if self._expectations else 0
         self._levels: BoundedCache[tuple[Line, ...], tuple[SupplyLevel, ...]] = self._fresh_levels()
         self._hints_due = True
 
@@ -98,6 +104,8 @@ class Foresight:
         if version is not None:
             for line in version.contract.lines:
                 self._add(value.start_s, HistoryKind.DEMANDED, line.target, change_wh * line.share_ppm)
+                if version.contract.window is not Window.INTERVAL:
+                    self._add(value.start_s, HistoryKind.FLEXIBLE, line.target, change_wh * line.share_ppm)
 
     def _add(self, start_s: int, kind: HistoryKind, target: Target, energy_uwh: int) -> None:
         key = (start_s, kind, target)
@@ -126,15 +134,27 @@ class Foresight:
         self._store.forget_history(day_s - HISTORY_S)
         if expectation is None:
             return
-        self._expectation = expectation
+        self._expectations = [*self._expectations[-1:], expectation]
         self._levels = self._fresh_levels()
         self._hints_due = True
-        self._store.set_expected(day_s, _stored_rows(expectation))
+        self._store.set_expected(day_s, _stored_rows(expectation), forget_before_s=self._expectations[0].day_start_s)
         if self._has_neighbours:
             topic = self._topics.forecast(self._identity.name)
-            raw = self._identity.seal(forecast_of(expectation, self._identity.name))
+            kept_wh = kept_of_day(expectation) if self._keeps_for_windows else ()
+            raw = self._identity.seal(forecast_of(expectation, self._identity.name, kept_wh))
             self._store.set_announcement(topic, raw)
             self._outputs.publish(topic, raw, retain=True)
+
+    def wanted_of_now(self, interval: Interval) -> dict[Target, int]:
+        """Wh by line target to keep for own consumers, who are expected to want it later that day.
+
+        Nothing if that is not forecast, or if this broker does not keep anything.
+        """
+        for expectation in self._expectations if self._keeps_for_windows else ():
+            index = (interval.start_s - expectation.day_start_s) // expectation.interval_s
+            if index in expectation.intervals:
+                return wanted_of_now(expectation, index)
+        return {}
 
     def _history(self, since_s: int, until_s: int) -> list[HistoryRow]:
         rows = [
@@ -152,14 +172,13 @@ class Foresight:
         return BoundedCache(_MAX_CACHED_LEVELS, self._levels_of)
 
     def _levels_of(self, lines: tuple[Line, ...]) -> tuple[SupplyLevel, ...] | None:
-        return supply_levels(self._expectation, lines) if self._expectation is not None else None
+        return supply_levels(self._expectations[-1], lines) if self._expectations else None
 
     def _send_hints(self) -> None:
-        expectation = self._expectation
-        if expectation is None:
+        if not self._expectations:
             self._hints_due = False
             return
-        day_s = expectation.day_start_s
+        day_s = self._expectations[-1].day_start_s
         meters = self._store.hints_due(day_s, HINTS_A_TURN)
         for meter in meters:
             consumer = self._registry.consumer(meter)
@@ -174,19 +193,22 @@ class Foresight:
         self._hints_due = len(meters) == HINTS_A_TURN
 
 
-def stored_expectation(store: BrokerStore, interval_s: int) -> Expectation | None:
-    """What was forecast last, as it was then; None if nothing was yet."""
-    rows = store.expected()
-    if not rows:
-        return None
-    by_kind: dict[HistoryKind, dict[Target, tuple[int, ...]]] = {kind: {} for kind in HistoryKind}
-    for _, kind, target, energies_wh in rows:
+def stored_expectations(store: BrokerStore, interval_s: int) -> list[Expectation]:
+    """What was forecast of the last two days, as it was then, the newest at the end; less if there was less yet."""
+    days: dict[int, dict[HistoryKind, dict[Target, tuple[int, ...]]]] = {}
+    for day_s, kind, target, energies_wh in store.expected():
+        by_kind = days.setdefault(day_s, {kind: {} for kind in HistoryKind})
         by_kind[HistoryKind(kind)][_target(target)] = energies_wh
+    return [_expectation(day_s, interval_s, by_kind) for day_s, by_kind in days.items()]
+
+
+def _expectation(day_s: int, interval_s: int, by_kind: dict[HistoryKind, dict[Target, tuple[int, ...]]]) -> Expectation:
     generated, bought = (
         {target: energies for target, energies in by_kind[kind].items() if isinstance(target, Source)}
         for kind in (HistoryKind.GENERATED, HistoryKind.BOUGHT)
     )
-    return Expectation(rows[0][0], interval_s, generated, by_kind[HistoryKind.DEMANDED], bought)
+    demanded, flexible = by_kind[HistoryKind.DEMANDED], by_kind[HistoryKind.FLEXIBLE]
+    return Expectation(day_s, interval_s, generated, demanded, bought, flexible)
 
 
 def heard_forecasts(store: BrokerStore) -> list[Forecast]:
@@ -199,6 +221,7 @@ def _stored_rows(expectation: Expectation) -> list[tuple[int, int, tuple[int, ..
         (HistoryKind.GENERATED, expectation.generated),
         (HistoryKind.DEMANDED, expectation.demanded),
         (HistoryKind.BOUGHT, expectation.bought),
+        (HistoryKind.FLEXIBLE, expectation.flexible),
     )
     return [(int(kind), int(target), energies) for kind, by_target in kinds for target, energies in by_target.items()]
 

@@ -163,6 +163,7 @@ class BrokerService:
             Tariff(config.market.consumer_margin, config.market.neighbour_margin),
             passes_on=config.market.passes_on,
             own_groups_first=config.market.own_groups_first,
+            keeps_for_windows=config.market.keeps_for_windows,
             jitter=lambda: random_bytes(1)[0],
             recovers=recovers,
         )

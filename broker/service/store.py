@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 from broker.protocol import cbor
 from broker.protocol.messages import MessageType
 
-SCHEMA_VERSION: Final = 7
+SCHEMA_VERSION: Final = 8
 
 _SCHEMA: Final = """
 CREATE TABLE consumer (
@@ -117,7 +117,7 @@ CREATE TABLE history (
 ) WITHOUT ROWID;
 CREATE TABLE expected (
     kind INTEGER NOT NULL, target INTEGER NOT NULL, day_s INTEGER NOT NULL, energies_wh BLOB NOT NULL,
-    PRIMARY KEY (kind, target)
+    PRIMARY KEY (day_s, kind, target)
 ) WITHOUT ROWID;
 CREATE TABLE hint_wish (meter TEXT PRIMARY KEY, hinted_s INTEGER NOT NULL) WITHOUT ROWID;
 CREATE INDEX hint_wish_due ON hint_wish (hinted_s);
@@ -1147,17 +1147,19 @@ class BrokerStore:
             (since_s, until_s, flow),
         ).fetchall()
 
-    def set_expected(self, day_s: int, rows: Iterable[tuple[int, int, tuple[int, ...]]]) -> None:
-        """Keep what is expected of a day, as (kind, target, Wh of each interval), in place of what was kept before."""
-        self._db.execute("DELETE FROM expected")
+    def set_expected(
+        self, day_s: int, rows: Iterable[tuple[int, int, tuple[int, ...]]], *, forget_before_s: int
+    ) -> None:
+        """Keep what is expected of a day, as (kind, target, Wh of each interval), and drop earlier days."""
+        self._db.execute("DELETE FROM expected WHERE day_s < ?", (forget_before_s,))
         self._db.executemany(
             "INSERT INTO expected VALUES (?, ?, ?, ?)",
             [(kind, target, day_s, cbor.encode(energies_wh)) for kind, target, energies_wh in rows],
         )
 
     def expected(self) -> list[tuple[int, int, int, tuple[int, ...]]]:
-        """(day_s, kind, target, Wh of each interval) of the day that was forecast last."""
-        rows = self._db.execute("SELECT day_s, kind, target, energies_wh FROM expected ORDER BY kind, target")
+        """(day_s, kind, target, Wh of each interval) of the days that were forecast last, by day."""
+        rows = self._db.execute("SELECT day_s, kind, target, energies_wh FROM expected ORDER BY day_s, kind, target")
         return [(day_s, kind, target, tuple(cbor.decode(raw, "expected", 4_096))) for day_s, kind, target, raw in rows]
 
     def set_hint_wish(self, meter: str, *, wished: bool) -> None:

@@ -7,12 +7,13 @@ meters) answer stage WORLD, those of the *market* (agents and brokers) stage MAR
     WORLD at t ──all idle──► MARKET at t ──all idle at one ledger height──► WORLD or MARKET at the smallest next_wake_s
 
 A participant says `idle=False` before it sends anything that new work causes, and MQTT keeps the order of each sender.
-So when all stand at `idle=True` for the tick, and at the same ledger height, nothing is under way.
-A broker that waits for another (an answer, an announcement) is idle too, and says what it waits for; the other says
-what it has not said yet (`Report.waits_for`, `holds`). As long as the two fit, both wait for time to pass; once they do
-not, the word is on its way. WORLD is left out
-where no participant of the world wants to wake. The last tick is sent again every second and after a reconnect, and
-participants answer every copy, so whoever was restarted finds time and is found.
+So when all stand at `idle=True` for the tick, and at the same ledger height, nothing is under way. A broker that waits
+for another (an answer, an announcement) is idle too, and says what it waits for; the other says what it has not said
+yet (`Report.waits_for`, `holds`). As long as the two fit, both wait for time to pass; once they do not, the word is on
+its way.
+
+WORLD is left out where no participant of the world wants to wake. The last tick is sent again every second and after a
+reconnect, and participants answer every copy, so whoever was restarted finds time and is found.
 
 `Schedule` is the pure state of all that; `Conductor` is the thin shell that holds the MQTT connection.
 """

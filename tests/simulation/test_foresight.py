@@ -10,7 +10,7 @@ from broker.market.forecast import expected_surplus
 from broker.protocol.market_time import Interval
 from broker.protocol.messages import Forecast, Hint, Message, MessageType, SourceOutlook, SupplyLevel
 from broker.protocol.sources import Source
-from broker.service.foresight import heard_forecasts, stored_expectation
+from broker.service.foresight import heard_forecasts, stored_expectations
 from broker.service.store import BrokerStore
 from simulation.world import INTERVAL_S, T0, ConsumerPlan, DevicePlan, Plan, World
 
@@ -105,9 +105,8 @@ def test_each_broker_forecasts_the_next_day_once_and_the_neighbour_keeps_it(watc
     }
     store = store_of(watched.world, "west")
     assert heard_forecasts(store) == [east]
-    expectation = stored_expectation(store, INTERVAL_S)
+    (expectation,) = stored_expectations(store, INTERVAL_S)
     store.close()
-    assert expectation is not None
     # What east has been giving is known from the ledger, though the lines' demand is by plain shares.
     assert expectation.bought[Source.SOLAR][24] > 0
     assert expectation.demanded == {Source.SOLAR: (500,) * 48, Source.WIND: (900,) * 48}

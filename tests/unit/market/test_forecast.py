@@ -26,7 +26,7 @@ from broker.protocol.sources import Source, SourceGroup
 
 DAY_S = 86_400
 DAY = 20_000 * DAY_S
-GENERATED, DEMANDED, BOUGHT = HistoryKind
+GENERATED, DEMANDED, BOUGHT, _ = HistoryKind
 SOLAR, WIND, HYDRO, OIL = Source.SOLAR, Source.WIND, Source.HYDRO, Source.OIL
 RENEWABLE, ANY = SourceGroup.RENEWABLE, SourceGroup.ANY
 
@@ -173,6 +173,7 @@ def expectation_of(
         {source: (energy_wh,) * 24 for source, energy_wh in generated.items()},
         {target: (energy_wh,) * 24 for target, energy_wh in demanded.items()},
         {source: (energy_wh,) * 24 for source, energy_wh in (bought or {}).items()},
+        {},
     )
 
 

@@ -43,6 +43,7 @@ def broker(store: BrokerStore) -> Broker:
         Tariff(),
         passes_on=True,
         own_groups_first=False,
+        keeps_for_windows=False,
         jitter=lambda: 0,
     )
 

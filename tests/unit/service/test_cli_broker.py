@@ -325,6 +325,7 @@ def test_the_forecasts_of_this_broker_and_its_neighbours_are_shown(desk: Desk) -
             (demanded, wind, tuple(50 * wh for wh in first_wh)),
             (demanded, anything, tuple(600 * wh for wh in first_wh)),
         ],
+        forget_before_s=0,
     )
     for broker, surplus_wh in (("west", 400), ("north", 100)):
         heard = Forecast(

@@ -13,7 +13,7 @@ from broker.protocol.market_time import Interval, MarketCalendar
 from broker.protocol.messages import Carrier, Demand, Forecast, Hint, MessageType, Quality, Reading, SupplyLevel
 from broker.protocol.sources import Source, SourceGroup
 from broker.protocol.topics import Topics
-from broker.service.foresight import Foresight, stored_expectation
+from broker.service.foresight import Foresight, stored_expectations
 from broker.service.outputs import Identity, Outputs
 from broker.service.registration import RegistrationError, wish_hints
 from broker.service.registry import Registry
@@ -55,6 +55,7 @@ class Desk:
             Registry(self.store),
             self.outputs,
             has_neighbours=has_neighbours,
+            keeps_for_windows=False,
         )
 
     def restarted(self) -> "Desk":
@@ -211,8 +212,7 @@ def test_what_neighbours_gave_is_history_too(desk: Desk) -> None:
         )
     desk.store.commit()
     desk.reach(NOON_S)
-    expectation = stored_expectation(desk.store, HOUR_S)
-    assert expectation is not None
+    (expectation,) = stored_expectations(desk.store, HOUR_S)
     assert expectation.bought == {Source.WIND: (80,) * 24}
 
 
