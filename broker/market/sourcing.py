@@ -277,15 +277,15 @@ def plan_orders(
     """Whom to ask for what is short, by neighbour name and source. Every short Wh is asked of one neighbour only.
 
     `shortages` and `group_shortage_wh` are a clearing's, less what is still coming. `asked` are the (neighbour, source)
-    who gave less than was asked of them for this interval and are not asked again. Single sources come first. Each shortage goes to
-    the cheapest of `offers` first, then the next, as far as each goes; of two at one price to the one from which more
-    can be expected: what it announced times `trust_ppm`, the part of earlier orders that it gave (all, if not known).
-    Then come the offers `through` neighbours, of what they could pass on from others, in the same way. What nothing of
-    that covers goes to one who announced the source, else to who the day before expected to have most of it left
-    (`expected_wh`), else to who is trusted most: announcements are coarse, and none at all is no refusal. A group takes
-    whichever source is announced cheapest; without any announcement one source is asked for, and the next one in the
-    next round. Offers above `highest_price` (µ-currency per kWh by source; a source that it lacks is not asked for) are
-    left alone.
+    who gave less than was asked of them for this interval and are not asked again. Single sources come first. Each
+    shortage goes to the cheapest of `offers` first, then the next, as far as each goes; of two at one price to the one
+    from which more can be expected: what it announced times `trust_ppm`, the part of earlier orders that it gave (all,
+    if not known). Then come the offers `through` neighbours, of what they could pass on from others, in the same way.
+    What nothing of that covers goes to one who announced the source, else to who the day before expected to have most
+    of it left (`expected_wh`), else to who is trusted most: announcements are coarse, and none at all is no refusal. A
+    group takes whichever source is announced cheapest; without any announcement one source is asked for, and the next
+    one in the next round. Offers above `highest_price` (µ-currency per kWh by source; a source that it lacks is not
+    asked for) are left alone.
     """
     trust = {neighbour: (trust_ppm or {}).get(neighbour, 1_000_000) for neighbour in neighbours}
     tiers = [
