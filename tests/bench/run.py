@@ -26,6 +26,7 @@ from bench.growth import growth
 from bench.hot_path import hot_path
 from bench.ledger import ledger
 from bench.ledger_memory import ledger_of
+from bench.neighbour import neighbour
 from bench.network import network
 from bench.start import broker_start_s, filled_broker
 from broker.ledger.cometbft.binary import CometbftMissing, find_cometbft
@@ -40,6 +41,7 @@ def main() -> int:
         "hot_path": _hot_path,
         "growth": _growth,
         "fleet": _fleet,
+        "neighbour": _neighbour,
         "ledger": _ledger,
         "network": _network,
         "start": _start,
@@ -84,6 +86,10 @@ def _fleet(folder: Path) -> Figures:
     seconds = float(os.environ.get("BENCH_FLEET_S", "120"))
     rate = os.environ.get("BENCH_RATE")
     return {"fleet": fleet(folder, meters, seconds, float(rate) if rate else None)}
+
+
+def _neighbour(folder: Path) -> Figures:
+    return {"neighbour": neighbour(folder, devices=10, intervals=50)}
 
 
 def _ledger(folder: Path) -> Figures:

@@ -10,9 +10,12 @@ from bench.growth import growth
 from bench.hot_path import STEPS, TURN, hot_path
 from bench.ledger import ledger
 from bench.ledger_memory import ledger_of
+from bench.neighbour import neighbour
 from bench.network import network
 from bench.sampler import by_step
 from bench.start import broker_start_s, filled_broker
+
+from broker.protocol.sources import Source
 
 pytestmark = pytest.mark.integration
 
@@ -36,6 +39,13 @@ def test_growth(tmp_path: Path) -> None:
 def test_fleet_loses_nothing_and_counts_nothing_twice(tmp_path: Path) -> None:
     figures = fleet(tmp_path, meters=150, seconds=4.0, rate=75.0)
     assert (figures["unanswered"], figures["duplicated"]) == (0, 0)
+    assert 0 < figures["p50_s"] <= figures["p99_s"]
+
+
+def test_neighbour(tmp_path: Path) -> None:
+    figures = neighbour(tmp_path, devices=1, intervals=2)
+    assert figures["orders"] == 2 * len(Source)
+    assert figures["transfers_per_s"] > 0
     assert 0 < figures["p50_s"] <= figures["p99_s"]
 
 
