@@ -24,6 +24,7 @@ from simulation.world import (
     GATE_2_S,
     INTERVAL_S,
     T0,
+    Books,
     BrokerProcess,
     ConsumerPlan,
     DevicePlan,
@@ -55,15 +56,19 @@ def correct(world: World, meter: str, index: int, revision: int, energy_wh: int,
     world.send(meter, value, start_s + INTERVAL_S + at_s)
 
 
-def given_wh(books: object, meter: str, start_s: int) -> int:
-    return sum(wh for (name, at_s, _), wh in books.delivered_wh.items() if (name, at_s) == (meter, start_s))  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize(
+at_any_time = pytest.mark.parametrize(
     "at_s",
     [MINUTE_S, GATE_1_S + MINUTE_S, GATE_2_S + MINUTE_S, 3 * INTERVAL_S],
     ids=["before gate 1", "between the gates", "after gate 2", "hours later"],
 )
+"""When a correction comes, in seconds after the interval's end."""
+
+
+def given_wh(books: Books, meter: str, start_s: int) -> int:
+    return sum(wh for (name, at_s, _), wh in books.delivered_wh.items() if (name, at_s) == (meter, start_s))
+
+
+@at_any_time
 @pytest.mark.parametrize("energy_wh", [0, 130, 390, 400, 450, 900, 1_100])
 def test_a_demand_is_corrected_at_any_time_and_to_any_amount(folder: Path, at_s: int, energy_wh: int) -> None:
     world = World(SMALL, folder)
@@ -156,11 +161,7 @@ def test_demands_corrected_at_random_with_brokers_killed_end_with_right_totals(f
     audit.check_certificates(world, books)
 
 
-@pytest.mark.parametrize(
-    "at_s",
-    [MINUTE_S, GATE_1_S + MINUTE_S, GATE_2_S + MINUTE_S, 3 * INTERVAL_S],
-    ids=["before gate 1", "between the gates", "after gate 2", "hours later"],
-)
+@at_any_time
 @pytest.mark.parametrize("energy_wh", [0, 150, 300, 690, 700, 710, 1_300])
 def test_a_reading_is_corrected_at_any_time_and_to_any_amount(folder: Path, at_s: int, energy_wh: int) -> None:
     """Anna and ben take 400 of the 700 Wh of wind; what is withdrawn beyond the rest is missing from them."""

@@ -41,14 +41,6 @@ from broker.service.pseudonyms import DAY_S
 TRUST = trust_in(GENESIS)
 
 
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[DiskBroker]:
-    made = DiskBroker(tmp_path)
-    made.serve_two_intervals()
-    yield made
-    made.close()
-
-
 def verified_now(served: DiskBroker) -> Verified:
     return verify_certificate(served.certificate(), TRUST)
 

@@ -1,7 +1,6 @@
 """A certificate beside a copy of the ledger: what was taken back since or left out is found, and named."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,14 +38,6 @@ from broker.ledger.store import FILE_NAME, LedgerError, Store
 from broker.ledger.trust import trust_of
 
 TRUST = trust_in(GENESIS)
-
-
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[DiskBroker]:
-    made = DiskBroker(tmp_path)
-    made.serve_two_intervals()
-    yield made
-    made.close()
 
 
 def standing(served: DiskBroker, raw: bytes, ledger: Path | None = None) -> Standing:
