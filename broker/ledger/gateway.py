@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from broker.ledger.engine import ClientResult, LedgerEngine, NotYet, View
-from broker.ledger.limits import MAX_VIEW_AGE, MAX_VIEWS, MAX_WAITING_QUERIES
+from broker.ledger.limits import MAX_BLOCKS_ON_PAGE, MAX_VIEW_AGE, MAX_VIEWS, MAX_WAITING_QUERIES
 from broker.ledger.receipts import ProofFailed
 from broker.protocol import cbor, envelope
 from broker.protocol.codec import Bytes, Name, Row, Unsigned
@@ -54,6 +54,7 @@ class Gateway:
         self._key = key
         self._views: dict[tuple[int, str | None], _SharedView] = {}
         self._waiting: dict[bytes, None] = {}
+        self._published: bytes | None = None
 
     def start(self) -> list[Outgoing]:
         """What to publish at start and after each reconnect: the retained checkpoint, if it is known."""
@@ -102,8 +103,10 @@ class Gateway:
         feed = self._topics.ledger_feed(self._engine.ledger)
         outgoing = [Outgoing(feed, block, 1, False) for block in committed.blocks]
         outgoing += [self._result(result) for result in committed.results]
-        if committed.blocks:
+        if self._engine.checkpoint() != self._published:
+            # Also where no block is new here: a network goes on without this gateway, and its clients must learn it.
             outgoing += self._checkpoint()
+        if committed.blocks:
             self._drop_old_views()
         waiting, self._waiting = self._waiting, {}
         for payload in waiting:
@@ -120,7 +123,7 @@ class Gateway:
 
     def _checkpoint(self) -> list[Outgoing]:
         topic = self._topics.ledger_checkpoint(self._engine.ledger)
-        raw = self._engine.checkpoint()
+        raw = self._published = self._engine.checkpoint()
         # QoS 0: the next one says more, and a new connection is told the last.
         return [] if raw is None else [Outgoing(topic, raw, 0, True)]
 
@@ -149,7 +152,7 @@ class Gateway:
         size = 0
         for raw in self._engine.blocks(from_height):
             size += len(raw)
-            if entries and size > MAX_BLOCK_BYTES:
+            if entries and (size > MAX_BLOCK_BYTES or len(entries) == MAX_BLOCKS_ON_PAGE):
                 break
             entries.append(raw)
         return self._engine.height, tuple(entries)

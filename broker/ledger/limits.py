@@ -48,6 +48,9 @@ CACHED_ROWS: Final = 16_384
 MAX_HOLDINGS_ON_PAGE: Final = 4_096
 """What the Page message can carry; about 300 kB."""
 
+MAX_BLOCKS_ON_PAGE: Final = 4_096
+"""What the Page message can carry. Small blocks come to that before they come to its bytes."""
+
 MAX_VIEWS: Final = 64
 """Heights at which holdings are being paged out, each with an open file and SQLite's two megabytes. Clients that begin
 at one height share it. A client more gets no answer, asks again, and finds a place when another has its last page.

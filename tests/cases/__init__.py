@@ -10,6 +10,7 @@
 | 6 | all sources; several in one contract; several devices of one provider | test_mix.py |
 | 7 | two brokers, many, one on its own, and somebody else's program | test_many_brokers.py, test_foreign_broker.py |
 | 8 | users, providers, contracts and history can be listed and exported | test_tables.py |
+| – | after the gates: corrections, certificates, restored backups, a gateway that was away | test_afterwards.py |
 
 Each runs on both ledger engines: `embedded` (one broker hosts the ledger) and `cometbft` (four validators keep it).
 Brokers, ledger, nodes and MQTT server are processes of their own. The tests speak for the meters, and for the conductor

@@ -181,8 +181,12 @@ class Broker:
     def loses_power(self) -> None:
         self.process.kill()
 
-    def comes_back(self) -> None:
+    def comes_back(self, *options: str) -> None:
+        """It runs again; `options` are for this start alone."""
+        usual = self.process.command
+        self.process.command = (*usual, *options)
         self.process.start()
+        self.process.command = usual
 
 
 class MarketPlace:
@@ -382,9 +386,8 @@ genesis_file = "genesis.cbor"
     def holder_of(self, device: str) -> dict[str, int]:
         """Who holds how many undelivered Wh of what that device made in the last half hour."""
         assets = [row for row in self.on_ledger("assets") if row["asset"]["device"] == device]
-        (asset,) = [row for row in assets if row["asset"]["start_s"] == self.half_hour_s]
         held: dict[str, int] = {}
-        for part in asset["held"]:
+        for part in [part for row in assets if row["asset"]["start_s"] == self.half_hour_s for part in row["held"]]:
             held[part["owner"]] = held.get(part["owner"], 0) + part["to_wh"] - part["from_wh"]
         return held
 

@@ -184,6 +184,7 @@ class Follower:
         self._questions: dict[Question, None] = {}
         self._block_id: bytes | None = None
         self._network_height = 0
+        self._answered_height = 0
         self._hold_until_s = 0.0
         self._active_s = 0.0
         self._heard_s: float | None = None
@@ -265,7 +266,7 @@ class Follower:
     # --- one turn with one node
 
     def _speak(self, node: Node, now_s: float, news: News) -> None:
-        height = self._look(node, now_s)
+        height = self._look(node, now_s, news)
         self._hand_in(node, now_s, news)
         self._fetch(node, height, news)
         self._ask_results(node, news)
@@ -278,14 +279,17 @@ class Follower:
                 raise Contradiction(peer.node.url, f"keeps another ledger than {self._charter.ledger} of our genesis")
             peer.ours = True
 
-    def _look(self, node: Node, now_s: float) -> int:
+    def _look(self, node: Node, now_s: float, news: News) -> int:
         """The node's ledger height, after a check that it is not behind."""
         head, network_height = _head(node)
-        if head.height < self.height or network_height < self._network_height:
-            raise Behind(node.url, f"is behind: it has block {head.height}, but {self.height} was seen before")
+        seen = max(self.height, self._answered_height)
+        if head.height < seen or network_height < self._network_height:
+            raise Behind(node.url, f"is behind: it has block {head.height}, but {seen} was seen before")
         if self._block_id is None:
-            # Whoever needs what is before asks for it, and checks that it leads here.
+            # Whoever needs what is before asks for it, and checks that it leads here. The checkpoint tells them.
             self.height, self._block_id = head.height, head.block_id
+            if head.height:
+                news.checkpoint = self._checkpoint(node)
         if network_height > self._network_height:
             self._network_height = network_height
             self._heard_s = now_s
@@ -483,8 +487,11 @@ class Follower:
                     answer = _holdings(node, party)
                     if answer is None:
                         continue  # The ledger went on between any two pages; the next turn tries again.
-            if isinstance(answer, (BlocksPage, HoldingsPage)) and answer.height < self.height:
-                raise Behind(node.url, "is behind what it said itself")
+            if isinstance(answer, (BlocksPage, HoldingsPage)):
+                if answer.height < self.height:
+                    raise Behind(node.url, "is behind what it said itself")
+                # It may be further than the blocks that were given. The next node has to be, too.
+                self._answered_height = max(self._answered_height, answer.height)
             del self._questions[question]
             news.answers[question] = answer
 

@@ -345,6 +345,17 @@ def test_a_long_gap_is_fetched_page_by_page(net: Net, monkeypatch: pytest.Monkey
     assert [event.height for event in client.events() if isinstance(event, BlockApplied)] == list(range(3, 33))
 
 
+def test_a_page_of_very_small_blocks_has_no_more_of_them_than_a_page_may(
+    net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = seal(Block(1, b"p" * 32, (batch(Void(b"v" * 16)),), 1, b"r" * 32, b"s" * 32), "node")
+    monkeypatch.setattr(net.engine, "blocks", lambda _: iter([small] * 6_000))
+    (answer,) = net.gateway.on_message(seal(Query(b"question", QueryKind.BLOCKS, from_height=1), "b1"))
+    page = Page.from_payload(envelope.parse(answer.payload).payload)
+    assert len(page.entries) == 4_096
+    assert sum(map(len, page.entries)) < gateway_module.MAX_BLOCK_BYTES
+
+
 def test_holdings_pages_fit_together_while_the_ledger_goes_on(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
     starts = [T0 + number * INTERVAL_S for number in range(7)]
     for start in starts:

@@ -214,6 +214,65 @@ def test_a_foreign_broker_follows_through_a_gateway_that_speaks_for_a_validator(
     assert foreign.height == 1
 
 
+def test_clients_hear_of_what_was_decided_while_their_gateway_was_away(network: FakeNetwork) -> None:
+    """A hosted ledger stands still without its host; a network does not."""
+    before, after = Turns(network, gateway_as="v1"), Turns(network, gateway_as="v1")
+    foreign = LedgerClient(network.genesis, "b2", world.key("b2"), world.counting_bytes(), load_holdings=False)
+
+    def turn(host: Turns) -> None:
+        for raw in foreign.tick(host.now_s):
+            host.gateway.on_message(raw)
+        for outgoing in host.gateway.commit():
+            if not outgoing.topic.endswith("/result/b1"):
+                foreign.on_message(outgoing.topic.split("/")[4], outgoing.payload)
+        host.now_s += 0.1
+        host.engine.work_once(host.now_s)
+
+    network.nodes[0].submit(B2)
+    for _ in range(4):
+        turn(before)
+        network.make_block()
+    for _ in range(4):
+        turn(before)
+    assert foreign.height == 1
+    network.nodes[0].submit(B1)
+    network.make_block()
+    after.gateway.start()
+    foreign.on_connect()
+    for _ in range(4):
+        turn(after)
+    assert foreign.height == 2
+
+
+def test_a_node_that_is_behind_an_answer_given_before_is_no_contradiction(
+    network: FakeNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The holdings are of a block that comes between two questions to the first node, which then fails."""
+    first, second = network.nodes
+    query_node = first.query
+
+    def query(path: str, data: bytes) -> bytes:
+        if path == "/holdings":
+            network.nodes[0].submit(B1)
+            second.cut_off = True
+            network.make_block()
+        answer = query_node(path, data)
+        first.down = path == "/holdings"
+        return answer
+
+    monkeypatch.setattr(first, "query", query)
+    late = Turns(network)
+    for _ in range(20):
+        late.turn()
+    assert [type(event) for event in late.events] == [HoldingsLoaded]
+    second.cut_off = False
+    second.catch_up()
+    for _ in range(20):
+        late.turn()
+    assert [type(event) for event in late.events] == [HoldingsLoaded]
+    assert (late.client.loaded, late.client.height) == (True, 1)
+
+
 def test_what_this_brokers_own_gateway_answers_is_believed_and_a_block_of_its_own_is_not(network: FakeNetwork) -> None:
     """Only validators speak for the ledger; the gateway inside a broker without a validator's key is that broker."""
     desk = Turns(network)
