@@ -3,7 +3,8 @@
 First it asks who the validators are, then for a proof, which comes with the signed head of that moment, then for the
 blocks up to there. Each block is taken in as `ledger verify` would: sealed by a validator, following on the one before,
 its batches applied by the rules, with the tree and state hash that it names; and in the end the head must be the signed
-one. So the copy is a whole ledger directory, which proves and audits like the host's, and which believes nobody.
+one. So the copy is a whole ledger directory, which proves and audits like the host's, and which believes nobody. What
+the party has followed of the ledger it is held against: nobody is shown one history and copies another.
 
 Sans-IO but for its directory: the shell publishes what `tick` gives and hands over every payload of the party's result
 topic, also those that answer somebody else's questions.
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from broker.ledger.chain import Step, genesis_hash
+from broker.ledger.chain import Step, block_id_of, genesis_hash
 from broker.ledger.directory import checked_head, locked, opened_store
 from broker.ledger.faults import LedgerInvariantBroken, RuleViolation
 from broker.ledger.limits import RESEND_AFTER_S
@@ -36,26 +37,39 @@ _FIRST_OPERATION: Final = 0
 """Any operation's proof carries the signed head; there is always a first one, the registration of a broker."""
 
 
+class OldAnswer(ProtocolError):
+    """A true answer of a node that is behind: of a lower height than the ledger was seen at before."""
+
+
 class LedgerCopy:
     """The copy in the directory `path`, made there if it does not exist yet; `party` signs its questions with `key`.
 
-    Raises LedgerError if the directory is in use, belongs to another genesis, or is damaged.
+    `followed` is height and id of the last block that the party knows by itself, None if it follows nothing. The copy
+    goes at least that far. Raises LedgerError if the directory is in use, belongs to another genesis, or is damaged.
     """
 
     def __init__(
-        self, path: Path, genesis: Genesis, party: str, key: PrivateKey, random_bytes: Callable[[int], bytes]
+        self,
+        path: Path,
+        genesis: Genesis,
+        party: str,
+        key: PrivateKey,
+        random_bytes: Callable[[int], bytes],
+        followed: tuple[int, bytes] | None = None,
     ) -> None:
         self._path = path
         self._genesis = genesis
         self._party = party
         self._key = key
         self._random_bytes = random_bytes
+        self._followed = followed
         self._charter = charter_of(genesis)
         path.mkdir(parents=True, exist_ok=True)
         self._lock = locked(path)
         try:
             self._store = opened_store(path, genesis)
             self._head = checked_head(path, self._store, genesis)
+            self._compare_followed()
         except (sqlite3.Error, LedgerError) as error:
             os.close(self._lock)
             if isinstance(error, LedgerError):
@@ -91,8 +105,8 @@ class LedgerCopy:
     def on_result(self, payload: bytes) -> None:
         """Take in a message of the party's result topic.
 
-        Raises ProtocolError for an answer that does not hold, which is asked for again; log it. Raises LedgerError
-        where a validator signed blocks that are no sound ledger: then an operator must look.
+        Raises ProtocolError for an answer that does not hold or is old, which is asked for again; log it. Raises
+        LedgerError where a validator signed blocks that are no sound ledger: then an operator must look.
         """
         parsed = envelope.parse(payload)
         if self.done or parsed.message_type is not MessageType.PAGE:
@@ -139,11 +153,14 @@ class LedgerCopy:
             raise MalformedMessage("ledger result", "the proof of the ledger's first operation")
         trust = Trust.of(self._genesis.ledger, genesis_hash(self._genesis), self._set, dict(self._charter.registrars))
         checkpoint, _ = proof.check(trust)
-        if checkpoint.height < self._head.height:
+        seen = max(self._head.height, 0 if self._followed is None else self._followed[0])
+        if checkpoint.height < seen:
+            if len(self._set.validators) > 1:
+                raise OldAnswer(f"the node that answers is at height {checkpoint.height}, and {seen} was seen before")
             raise LedgerError(
                 self._path,
-                f"goes up to height {self._head.height}, and the ledger's validator signed height {checkpoint.height}"
-                " now: it has lost blocks",
+                f"the ledger was at height {seen}, and its validator signed height {checkpoint.height} now: it has"
+                " lost blocks",
             )
         self._target = checkpoint, SignedHead(proof.checkpoint, proof.root)
         if checkpoint.height == self._head.height:
@@ -188,7 +205,23 @@ class LedgerCopy:
         if (block.tree_size, block.root, block.state_hash) != (expected.tree_size, expected.root, expected.state_hash):
             raise LedgerError(self._path, f"block {height} names another state than its operations make")
         step.finish_block(raw)
+        self._compare(height, step.head.block_id)
         return batches
+
+    def _compare_followed(self) -> None:
+        """Hold what is in the copy already against what the party has followed."""
+        if self._followed is not None and 0 < self._followed[0] <= self._head.height:
+            raw = self._store.block(self._followed[0])
+            assert raw is not None  # A copy begins with the first block.
+            self._compare(self._followed[0], block_id_of(raw))
+
+    def _compare(self, height: int, block_id: bytes) -> None:
+        if self._followed is not None and height == self._followed[0] and block_id != self._followed[1]:
+            raise LedgerError(
+                self._path,
+                f"block {height} is another one than this broker has followed; there are two histories: compare this"
+                " directory with the others' before it is removed",
+            )
 
     def _finish(self, blocks: list[tuple[int, bytes, bytes]], step: Step, batches: list[tuple[bytes, int]]) -> None:
         """The last blocks, with the signature of the head that they lead to."""

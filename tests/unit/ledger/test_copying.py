@@ -23,8 +23,9 @@ from support.ledger_world import (
 )
 
 from broker.ledger import gateway as gateway_module
+from broker.ledger.chain import block_id_of
 from broker.ledger.compare import Verdict, compare_ledgers
-from broker.ledger.copying import LedgerCopy
+from broker.ledger.copying import LedgerCopy, OldAnswer
 from broker.ledger.embedded import EmbeddedLedger
 from broker.ledger.gateway import Gateway
 from broker.ledger.limits import RESEND_AFTER_S
@@ -49,8 +50,8 @@ class Host:
         self.asked: list[QueryKind] = []
         self.copy = self.open()
 
-    def open(self) -> LedgerCopy:
-        return LedgerCopy(self.folder / "copy", GENESIS, "b2", key("b2"), counting_bytes())
+    def open(self, followed: tuple[int, bytes] | None = None) -> LedgerCopy:
+        return LedgerCopy(self.folder / "copy", GENESIS, "b2", key("b2"), counting_bytes(), followed)
 
     def reopen(self) -> None:
         self.copy.close()
@@ -301,6 +302,51 @@ def test_a_ledger_that_has_lost_blocks_is_told(host: Host, tmp_path: Path) -> No
 
     with pytest.raises(LedgerError, match="it has lost blocks"):
         host.run(older)
+
+
+def test_a_ledger_that_has_not_got_as_far_as_its_party_has_seen_is_told(host: Host) -> None:
+    host.trade(1)
+    host.copy.close()
+    host.copy = host.open(followed=(host.engine.height + 1, b"i" * 32))
+    with pytest.raises(LedgerError, match=r"the ledger was at height 5, .* it has lost blocks"):
+        host.run()
+
+
+def test_where_there_are_several_nodes_one_that_is_behind_is_asked_again_after_a_while(host: Host) -> None:
+    host.put(batch(set_validator("late", 1)))
+    host.trade(1)
+    proof = host.engine.prove(QueryKind.OPERATION, 0)
+    host.trade(1, first=1)
+    host.copy.close()
+    host.copy = host.open(followed=(host.engine.height, block_id_of(list(host.engine.blocks(1))[-1])))
+
+    def older(page: Page) -> Page:
+        entries = proof if page.kind is QueryKind.OPERATION else page.entries
+        return Page(page.request_id, page.kind, page.height, entries)
+
+    with pytest.raises(OldAnswer, match="the node that answers is at height 5, and 7 was seen before"):
+        host.run(older)
+    assert host.copy.tick(host.now_s - RESEND_AFTER_S) == [], "not at once"
+    host.run()
+    host.same()
+
+
+def test_another_history_than_the_one_that_its_party_follows_is_not_copied(host: Host) -> None:
+    host.trade(1)
+    host.copy.close()
+    host.copy = host.open(followed=(3, b"i" * 32))
+    with pytest.raises(LedgerError, match="block 3 is another one than this broker has followed"):
+        host.run()
+    assert host.copy.height == 0
+
+
+def test_a_copy_of_another_history_than_the_one_that_its_party_follows_is_not_gone_on_with(host: Host) -> None:
+    host.trade(1)
+    host.run()
+    host.copy.close()
+    with pytest.raises(LedgerError, match="block 3 is another one than this broker has followed"):
+        host.open(followed=(3, b"i" * 32))
+    host.copy = host.open()
 
 
 def test_a_directory_in_use_or_of_another_ledger_is_refused(host: Host) -> None:
