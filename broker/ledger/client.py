@@ -18,10 +18,13 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final
 
+from broker.ledger.admitted import Admitted, decode_admitted
 from broker.ledger.chain import block_id_of, genesis_hash
 from broker.ledger.engine import BUSY
 from broker.ledger.holding import Holding, decode_holding
 from broker.ledger.limits import (
+    DEVICE_TIMEOUT_S,
+    MAX_DEVICES_ASKED,
     MAX_EARLY_BLOCKS,
     MAX_PENDING_BATCHES,
     MAX_PROOF_REQUESTS,
@@ -147,6 +150,21 @@ class MadeKnown:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceKnown:
+    """The answer to `ask_device`."""
+
+    admitted: Admitted
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceUnknown:
+    """There is no such device: the ledger says so (`answered`), or nobody told in time of any."""
+
+    device: str
+    answered: bool
+
+
+@dataclass(frozen=True, slots=True)
 class BlockApplied:
     """All events of block `height` have been given."""
 
@@ -175,13 +193,15 @@ Event = (
     | ConsistencyProven
     | NotProven
     | MadeKnown
+    | DeviceKnown
+    | DeviceUnknown
     | BlockApplied
     | LedgerFault
 )
 
 
 class TooManyPending(Exception):
-    """The party has too many unanswered batches or requests for proofs; wait for answers before it makes more."""
+    """The party has too many unanswered batches or questions; wait for answers before it makes more."""
 
 
 class _Phase(Enum):
@@ -211,7 +231,7 @@ class _Asked:
 
 @dataclass(slots=True)
 class _Wanted:
-    """A question beside the following of blocks: for a proof, or for changes of validators."""
+    """A question beside the following of blocks: for a proof, for changes of validators, about a device."""
 
     query: Query
     older: bytes | None = None
@@ -347,6 +367,19 @@ class LedgerClient:
             query = Query(self._random_bytes(REQUEST_ID_BYTES), QueryKind.MADE, *(place[0], None, start_s))
             self._wanted[query.request_id] = _Wanted(query)
 
+    def ask_device(self, device: str) -> None:
+        """Ask as what a device was admitted: the event is a DeviceKnown or a DeviceUnknown.
+
+        A second question about the same is the first, until that is answered. Raises TooManyPending.
+        """
+        asked = [each.query.cursor for each in self._wanted.values() if each.query.kind is QueryKind.DEVICE]
+        if self._phase is _Phase.STOPPED or device.encode() in asked:
+            return
+        if len(asked) >= MAX_DEVICES_ASKED:
+            raise TooManyPending(f"ledger {self._ledger} is asked about {MAX_DEVICES_ASKED} devices")
+        query = Query(self._random_bytes(REQUEST_ID_BYTES), QueryKind.DEVICE, device.encode())
+        self._wanted[query.request_id] = _Wanted(query)
+
     def events(self) -> list[Event]:
         """What has happened since the last call, in the order of the ledger."""
         events, self._events = self._events, []
@@ -372,12 +405,12 @@ class LedgerClient:
             if pending.sent_s is None or now_s - pending.sent_s >= resend_after_s:
                 pending.sent_s = now_s
                 outgoing.append(pending.raw)
-        for request_id, wanted in list(self._wanted.items()):
+        for wanted in list(self._wanted.values()):
             if wanted.until_s is None:
-                wanted.until_s = now_s + PROOF_TIMEOUT_S
+                is_device = wanted.query.kind is QueryKind.DEVICE
+                wanted.until_s = now_s + (DEVICE_TIMEOUT_S if is_device else PROOF_TIMEOUT_S)
             elif now_s >= wanted.until_s and wanted.query.kind not in (QueryKind.VALIDATORS, QueryKind.MADE):
-                del self._wanted[request_id]
-                self._events.append(NotProven(request_id, answered=False))
+                self._give_up(wanted.query)
                 continue
             if wanted.sent_s is None or now_s - wanted.sent_s >= resend_after_s:
                 wanted.sent_s = now_s
@@ -512,14 +545,27 @@ class LedgerClient:
             query = Query(self._random_bytes(REQUEST_ID_BYTES), QueryKind.VALIDATORS, place=self._set.sequence)
             self._wanted[query.request_id] = _Wanted(query)
 
+    def _give_up(self, query: Query) -> None:
+        del self._wanted[query.request_id]
+        if query.kind is QueryKind.DEVICE:
+            self._events.append(DeviceUnknown((query.cursor or b"").decode(), answered=False))
+        else:
+            self._events.append(NotProven(query.request_id, answered=False))
+
     def _on_wanted(self, wanted: _Wanted, page: Page) -> None:
-        """An answer about validators or a proof. Raises ProtocolError if it does not hold; the question stands then."""
+        """An answer about validators, a device or a proof.
+
+        Raises ProtocolError if it does not hold; the question stands then.
+        """
         request_id = page.request_id
         if page.kind is QueryKind.VALIDATORS:
             self._take_changes(page)
             return
         if page.kind is QueryKind.MADE:
             self._take_made(wanted, page)
+            return
+        if page.kind is QueryKind.DEVICE:
+            self._take_device(wanted.query, page)
             return
         if not page.entries:
             del self._wanted[request_id]
@@ -564,6 +610,21 @@ class LedgerClient:
                 self._events.append(MadeKnown(wanted.made))
             else:
                 wanted.made = wanted.sent_s = None
+
+    def _take_device(self, query: Query, page: Page) -> None:
+        """What was admitted stays so: the answer is true at every height from that of the admission on."""
+        device = (query.cursor or b"").decode()
+        if not page.entries:
+            if page.height < self._height:
+                return  # One of several nodes, and it is behind: it is asked again after a while.
+            event: Event = DeviceUnknown(device, answered=True)
+        else:
+            admitted = decode_admitted(page.entries[0])
+            if admitted.device != device:
+                raise MalformedMessage("ledger result", "the device that was asked about")
+            event = DeviceKnown(admitted)
+        del self._wanted[query.request_id]
+        self._events.append(event)
 
     def _take_changes(self, page: Page) -> None:
         """Changes of validators, whoever hands them over. Raises ProtocolError if they do not hold."""
@@ -846,8 +907,8 @@ class LedgerClient:
         if self._convicted and self._offered:
             self._witnessed = self._offered[max(self._offered)]
         self._asked = None
-        for request_id, wanted in self._wanted.items():
+        for wanted in list(self._wanted.values()):
             if wanted.query.kind not in (QueryKind.VALIDATORS, QueryKind.MADE):
-                self._events.append(NotProven(request_id, answered=False))
+                self._give_up(wanted.query)
         self._wanted = {}
         self._events.append(LedgerFault(height, reason, evidence))

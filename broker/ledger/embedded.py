@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
+from broker.ledger.admitted import admitted_of
 from broker.ledger.chain import Head, Step, genesis_hash
 from broker.ledger.directory import checked_head, locked, opened_store
 from broker.ledger.engine import BUSY, ClientResult, Committed
@@ -186,6 +187,11 @@ class EmbeddedLedger:
         """What became of one device's interval; nothing if there is no such device."""
         made = made_of(self._store, self.height, device, start_s)
         return () if made is None else (made.to_bytes(),)
+
+    def device(self, device: str) -> tuple[bytes, ...]:
+        """As what a device was admitted; nothing if there is no such device."""
+        admitted = admitted_of(self._store, device)
+        return () if admitted is None else (admitted.to_bytes(),)
 
     def blocks(self, from_height: int) -> Iterator[bytes]:
         """Sealed blocks from that height on, in order."""

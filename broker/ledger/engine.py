@@ -97,6 +97,12 @@ class LedgerEngine(Protocol):
         Raises NotYet.
         """
 
+    def device(self, device: str) -> tuple[bytes, ...] | None:
+        """The entry of a page of kind DEVICE (`broker.ledger.admitted`); none without such a device.
+
+        None where the ledger's nodes are of a version that does not know this question. Raises NotYet.
+        """
+
     def blocks(self, from_height: int) -> Iterator[bytes]:
         """Sealed blocks from that height on, in order. Raises NotYet."""
 

@@ -134,9 +134,11 @@ class Gateway:
         if query.kind is QueryKind.HOLDINGS:
             return self._holdings(client, query)
         if query.kind is QueryKind.MADE:
-            device = Name().decode((query.cursor or b"").decode("ascii", "replace"), "cursor")
-            entries = self._engine.made(device, query.place or 0)
-            return Page(query.request_id, query.kind, self._engine.height, entries)
+            made = self._engine.made(_device_in(query), query.place or 0)
+            return Page(query.request_id, query.kind, self._engine.height, made)
+        if query.kind is QueryKind.DEVICE:
+            admitted = self._engine.device(_device_in(query))
+            return None if admitted is None else Page(query.request_id, query.kind, self._engine.height, admitted)
         return Page(query.request_id, query.kind, self._engine.height, self._proven(query))
 
     def _proven(self, query: Query) -> tuple[bytes, ...]:
@@ -196,3 +198,8 @@ class Gateway:
     def _drop_old_views(self) -> None:
         for key in [key for key in self._views if self._engine.height - key[0] > MAX_VIEW_AGE]:
             self._views.pop(key).view.close()
+
+
+def _device_in(query: Query) -> str:
+    """The name of the device that is asked about. Raises MalformedMessage."""
+    return Name().decode((query.cursor or b"").decode("ascii", "replace"), "cursor")

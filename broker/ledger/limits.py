@@ -88,6 +88,13 @@ MAX_WAITING_QUERIES: Final = 64
 MAX_CHANGES_ON_PAGE: Final = 1_024
 """Changes of validators in one answer; a ledger sees a few in a year."""
 
+MAX_DEVICES_ASKED: Final = 16
+"""Devices about which a client asks at a time; each question and answer is a signed message of its own."""
+
+DEVICE_TIMEOUT_S: Final = 30.0
+"""How long a client asks about a device: longer than a node needs to restart. A ledger node of an earlier version never
+answers."""
+
 MAX_PROOF_REQUESTS: Final = 64
 """Proofs that a client waits for at a time."""
 

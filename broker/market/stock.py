@@ -161,6 +161,13 @@ class _Shelf:
             self.energy_wh -= taken[-1].energy_wh
         return taken
 
+    def set_provider(self, device: str, provider: str) -> None:
+        of_device = [asset for asset in self.by_asset if asset[0] == device]
+        for asset in of_device:
+            self.by_asset[asset] = [piece._replace(provider=provider) for piece in self.by_asset[asset]]
+        if of_device:
+            self.order_in_lot = None
+
     def lots(self) -> dict[Lot, int]:
         totals: dict[Lot, int] = {}
         for slices in self.by_asset.values():
@@ -208,6 +215,10 @@ class Stock:
         Where a lot has less by then, all of it is held back.
         """
         self._held_back = dict(held_back)
+
+    def holds_back_of(self, provider: str) -> bool:
+        """True if demands wait for energy of this provider; "" stands for those who are not known."""
+        return any(lot.provider == provider for lot in self._held_back)
 
     def slices(self, interval: Interval) -> Iterator[HeldSlice]:
         """What was generated in this interval and is not held back, by source, asset and range; takes nothing."""
@@ -273,6 +284,12 @@ class Stock:
             if pieces:
                 return sum([energy_wh for energy_wh in inside if energy_wh > 0]) == to_wh - from_wh
         return False
+
+    def set_provider(self, device: str, provider: str) -> None:
+        """It has become known whose device this is: all that it made is of lots of that provider."""
+        for shelves in self._shelves.values():
+            for shelf in shelves.values():
+                shelf.set_provider(device, provider)
 
     def drop_all(self) -> None:
         """Forget everything, before the ledger's holdings are put in anew."""

@@ -154,6 +154,7 @@ class QueryKind(IntEnum):
     OPERATION: the proof of one operation. CONSISTENCY: the proof that the ledger goes on from an earlier tree size.
     VALIDATORS: the changes of validators after the one with that sequence, as the registrars signed them.
     MADE: what became of one device's energy of an interval; `cursor` is the device's name, `place` the start.
+    DEVICE: as what one device was admitted, and whose it is; `cursor` is its name.
     """
 
     HOLDINGS = 1
@@ -162,6 +163,7 @@ class QueryKind(IntEnum):
     CONSISTENCY = 4
     VALIDATORS = 5
     MADE = 6
+    DEVICE = 7
 
 
 class Message:

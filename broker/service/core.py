@@ -14,6 +14,8 @@ from broker.ledger.client import (
     BatchCommitted,
     BatchRefused,
     BlockApplied,
+    DeviceKnown,
+    DeviceUnknown,
     Event,
     ForeignBatch,
     HoldingsLoaded,
@@ -68,6 +70,7 @@ from broker.service.intake import Accepted, Intake
 from broker.service.neighbours import Neighbours
 from broker.service.orders_in import PartnerPolicy, transfer_row
 from broker.service.outputs import Identity, Outputs
+from broker.service.owners import Owners
 from broker.service.recovery import Recovery
 from broker.service.registry import Registry
 from broker.service.store import (
@@ -118,17 +121,20 @@ class Broker:
         passes_on: bool,
         own_groups_first: bool,
         keeps_for_windows: bool,
+        clock_waits: bool,
         jitter: Callable[[], int],
         recovers: bool = False,
     ) -> None:
         """`passes_on`: ask others for what neighbours want. `own_groups_first`: own lines of groups are served before
         neighbours are. `keeps_for_windows`: neighbours do not get what own consumers are expected to want later in the
-        day. `jitter` gives 0 to 255 at random. `recovers`: the store may be older than the ledger, and what
-        it has forgotten is taken back from there.
+        day. `clock_waits`: market time stands still while this broker is not idle. `jitter` gives 0 to 255 at random.
+        `recovers`: the store may be older than the ledger, and what it has forgotten is taken back from there.
         """
         self.outputs = Outputs()
         self.questions: list[tuple[str, int]] = []
         """(device, start_s) of intervals about which the shell has to ask the ledger."""
+        self.unknown_devices: list[str] = []
+        """Devices about which the shell has to ask the ledger."""
         self._identity = identity
         self._calendar = MarketCalendar(genesis.interval_s, genesis.gate_1_s, genesis.gate_2_s)
         self._topics = topics
@@ -137,6 +143,7 @@ class Broker:
         self._stock = Stock()
         self._desk = BatchDesk(identity, store, self.outputs)
         self._registry = Registry(store)
+        self._owners = Owners(store, self.unknown_devices.append)
         self._intake = Intake(identity, self._calendar, topics, store, self._registry, self.outputs)
         self._foresight = Foresight(
             *(identity, self._calendar, topics, store, self._registry, self.outputs),
@@ -170,6 +177,7 @@ class Broker:
             tariff,
             passes_on=passes_on,
             is_own_device=lambda device: self._registry.device(device) is not None,
+            owner_of=self._owners.of,
             jitter=jitter,
         )
         self._corrections = DemandCorrections(store, self._desk, self._cycle, self._put_back)
@@ -184,6 +192,8 @@ class Broker:
         self._readings: list[Accepted] = []
         self._holdings_height: int | None = None
         self._own_groups_first = own_groups_first
+        self._clock_waits = clock_waits
+        self._held_back_blindly = False
         self._stopped = False
         self._refill = False
         self._offer_again = False
@@ -204,6 +214,7 @@ class Broker:
             and not self._statements_waiting
             and not self._corrections.pending
             and not self._withdrawals.pending
+            and not self._owners.pending
             and not self._foresight.unfinished
             and not self._due()
         )
@@ -377,6 +388,15 @@ class Broker:
             case MadeKnown():
                 self._withdrawals.known(event.made, self._provide_by(0))
                 self._refill = True
+            case DeviceKnown():
+                admitted = event.admitted
+                if self._owners.answered(admitted.device, admitted.owner):
+                    self._owner_learned(admitted.device, admitted.owner)
+            case DeviceUnknown():
+                if event.answered:
+                    self._owners.answered(event.device, None)
+                else:
+                    self._owners.unanswered(event.device)
             case BlockApplied():
                 pass
             case LedgerFault():
@@ -397,9 +417,19 @@ class Broker:
                 key = (asset.device, int(asset.carrier), asset.start_s, asset.revision)
                 if self._stock.holds(key, from_wh, to_wh):
                     self._stock.remove(key, from_wh, to_wh)
+        self._hold_back()
+        self._holdings_height = height
+        self._refill = True
+
+    def _hold_back(self) -> None:
         interval = self._cycle.current
         self._cycle.hold_back(with_groups=interval is None or self._neighbours.has_reached_groups(interval))
-        self._holdings_height = height
+        self._held_back_blindly = False
+
+    def _owner_learned(self, device: str, owner: str) -> None:
+        self._stock.set_provider(device, owner)
+        # What is held back of a provider who was not known is another's now.
+        self._held_back_blindly |= self._stock.holds_back_of("")
         self._refill = True
 
     def _in_holdings(self, height: int) -> bool:
@@ -426,7 +456,7 @@ class Broker:
         end_s = asset.start_s + self._calendar.interval_s
         device = self._registry.device(asset.device)
         if device is None:
-            owner = self._store.owner_of(asset.device) or ""
+            owner = self._owners.of(asset.device)
             return [HeldSlice(key, source, asset.start_s, end_s, from_wh, to_wh, price, owner)]
         if device.terms.keeps_nothing:
             return [HeldSlice(key, source, asset.start_s, end_s, from_wh, to_wh, price, device.owner)]
@@ -631,7 +661,8 @@ class Broker:
         for operation in operations:
             if isinstance(operation, Admit):
                 admission = Admission.from_payload(parse(operation.statement).payload)
-                self._store.set_owner(admission.device, admission.owner)
+                if self._owners.seen(admission.device, admission.owner):
+                    self._owner_learned(admission.device, admission.owner)
 
     # What is due
 
@@ -639,6 +670,7 @@ class Broker:
         """Do everything that can be done now. `now_s` is network time, for time-outs only."""
         self._submit_statements()
         self._provide()
+        self._owners.advance()
         self._foresight.keep_counted()
         self._cycle.keep_told()
         if not self._may_decide:
@@ -674,6 +706,10 @@ class Broker:
             return False  # Energy that was accepted must be in stock before anything is decided.
         if self._corrections.pending or self._withdrawals.pending:
             return False  # What is decided must be about the amounts that the ledger will know.
+        if self._owners.pending and (self._clock_waits or not self._must_go_on(interval)):
+            return False  # Or who excludes a provider would get less because an answer was slow.
+        if self._held_back_blindly:
+            self._hold_back()
         if self._cycle.state is IntervalState.OPEN:
             if not self._due():
                 return self._neighbours.serve(interval, cleared=False, market_time_s=self.market_time_s)
@@ -691,7 +727,16 @@ class Broker:
         self._refill = False
         self._cycle.close(self._neighbours.give_up(interval.start_s))
         self._neighbours.finish(interval)
+        self._owners.next_interval()
         return True
+
+    def _must_go_on(self, interval: Interval) -> bool:
+        """True if a gate has been reached, not only because everybody has reported, or a round is over."""
+        assert self.market_time_s is not None
+        if self._cycle.state is IntervalState.OPEN:
+            return self.market_time_s >= self._calendar.gate_1_of(interval)
+        round_is_over = self._neighbours.round_is_over(interval, self.market_time_s)
+        return round_is_over or self.market_time_s >= self._calendar.gate_2_of(interval)
 
     def _between_the_gates(self, interval: Interval, now_s: float) -> bool:
         """One step of the rounds with neighbours, or of what comes after them. False if there is none now."""

@@ -92,10 +92,12 @@ class Neighbours:
         *,
         passes_on: bool,
         is_own_device: Callable[[str], bool],
+        owner_of: Callable[[str], str],
         jitter: Callable[[], int],
     ) -> None:
         """`policies` has every neighbour. `passes_on`: ask others for what neighbours want and is not here.
 
+        `owner_of` gives a foreign device's provider, empty if that is not known.
         `jitter` gives 0 to 255 at random.
         """
         self._identity = identity
@@ -110,6 +112,7 @@ class Neighbours:
         self._highest_price = highest_price
         self._tariff = tariff
         self._passes_on = passes_on
+        self._owner_of = owner_of
         self._out = OrdersOut(identity, calendar, topics, store, desk, outputs, jitter)
         self._in = OrdersIn(identity, calendar, topics, store, stock, desk, outputs, policies, tariff, is_own_device)
         self._own: tuple[int, Heard | None] | None = None
@@ -351,6 +354,11 @@ class Neighbours:
         if not with_groups:
             open_wh += sum(clearing.shortages.values()) + consumers.groups_lack_wh()
         return open_wh
+
+    def round_is_over(self, interval: Interval, market_time_s: int) -> bool:
+        """True if the time of the round that this broker is in is up, whoever has not been heard."""
+        own = self._own_round(interval.start_s)
+        return own is not None and not own.last and market_time_s >= self._limit_s(interval, own.round_number)
 
     def is_through(self, interval: Interval) -> bool:
         """True if this broker takes part in no further round of an interval and waits for nothing for its consumers."""
@@ -598,7 +606,7 @@ class Neighbours:
             return
         key = (asset.device, int(asset.carrier), asset.start_s, asset.revision)
         wh = transfer.from_wh, transfer.to_wh
-        owner = self._store.owner_of(asset.device) or ""
+        owner = self._owner_of(asset.device)
         held = HeldSlice(key, order.source, order.start_s, order.end_s, *wh, transfer.price, owner)
         if not in_stock:
             self._stock.add(held)

@@ -135,8 +135,10 @@ class BrokerService:
         monotonic_s: Callable[[], float] = time.monotonic,
         calendar_s: Callable[[], float] = time.time,
         random_bytes: Callable[[int], bytes] = os.urandom,
+        clock_waits: bool = False,
         recovers: bool = False,
     ) -> None:
+        """`clock_waits`: `calendar_s` stands still while this broker is not idle, as a conductor's time does."""
         key = load_private_key(config.broker.key_file)
         self._name = config.broker.name
         self._topics = Topics(config.mqtt.root)
@@ -164,6 +166,7 @@ class BrokerService:
             passes_on=config.market.passes_on,
             own_groups_first=config.market.own_groups_first,
             keeps_for_windows=config.market.keeps_for_windows,
+            clock_waits=clock_waits or self._simulated,
             jitter=lambda: random_bytes(1)[0],
             recovers=recovers,
         )
@@ -437,6 +440,13 @@ class BrokerService:
         for device, start_s in self._broker.questions:
             self._client.ask_made(device, start_s)
         self._broker.questions.clear()
+        unknown = self._broker.unknown_devices
+        while unknown:
+            try:
+                self._client.ask_device(unknown[0])
+            except TooManyPending:
+                break
+            del unknown[0]
         while self._unsent:
             try:
                 self._client.submit(self._unsent[0])

@@ -86,3 +86,23 @@ def test_7_two_neighbours_of_one_broker_share_what_it_has_left(market: MarketPla
     assert (ben.unmatched_wh(), eva.unmatched_wh()) == (400, 200)
     assert market.holder_of("high-mill") == {}
     market.check_books()
+
+
+def test_7_a_broker_that_joins_later_learns_from_the_ledger_whose_energy_its_neighbour_has(market: MarketPlace) -> None:
+    """Anna takes nothing of pia's. That the neighbour's roof is ola's was said before anna's broker was there."""
+    north = market.open_broker("north")
+    roof = north.takes_on_device("north-roof", "solar", owner="ola")
+    market.settle()
+    market.close_brokers("north")
+    market.open_broker("north", ["south"])
+    south = market.open_broker("south", ["north"])
+    anna = south.takes_on_consumer("south-anna", {"solar": 100}, "--exclude", "pia")
+    market.next_half_hour()
+    roof.reports(500)
+    anna.reports(300)
+    market.gate_1()
+    market.gate_2()
+    assert anna.got() == {"solar": 300}
+    assert market.holder_of("north-roof") == {"north": 200}
+    market.check_books()
+    market.close_brokers("north", "south")

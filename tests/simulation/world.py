@@ -477,6 +477,7 @@ class World:
                 monotonic_s=lambda: self.network_time_s,
                 calendar_s=lambda: self.market_time_s,
                 random_bytes=self.random.randbytes,
+                clock_waits=not self.may_wait,
                 recovers=process.recovers,
             )
         except BaseException:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from broker.ledger.cometbft import abci
 from broker.ledger.cometbft.application import NodeApplication
-from broker.ledger.cometbft.rpc import Checked, NodeBusy, NodeError
+from broker.ledger.cometbft.rpc import Checked, NodeBusy, NodeError, QueryRefused
 from broker.protocol.messages import NamedKey
 from support import ledger_world as world
 from support.comet_driver import init_chain_request
@@ -39,7 +39,7 @@ class FakeNode:
         answer = self.application.handle(abci.QueryRequest(data, path))
         assert isinstance(answer, abci.QueryResponse)
         if answer.code:
-            raise NodeError(self.url, answer.log)
+            raise QueryRefused(self.url, answer.log)
         return answer.value
 
     def submit(self, raw_batch: bytes) -> Checked:

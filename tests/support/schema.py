@@ -147,13 +147,16 @@ def _check_inside(rule: str, message: dict[int, Any], where: str) -> None:
     elif rule == "block":
         for batch in message[2]:
             _check_enclosed("batch", 11, batch, where)
-    elif rule == "page" and message[1] == 1:
-        for holding in message[3]:
-            require("holding", holding, where)
-    elif rule == "page":
+    elif rule == "page" and message[1] == 2:
         for block in message[3]:
             _check_enclosed("block", 15, block, where)
+    elif rule == "page" and message[1] in _ENTRIES:
+        for entry in message[3]:
+            require(_ENTRIES[message[1]], entry, where)
 
+
+# By the kind of query that a page answers: what its entries are. Those of a proof of consistency are of two kinds.
+_ENTRIES = {1: "holding", 3: "operations-proof", 5: "set-validator", 6: "made", 7: "admitted"}
 
 # By the operation's code: the statement of somebody else that stands at that place in its body.
 _STATEMENTS = {

@@ -15,6 +15,7 @@ from broker.ledger.cometbft.follower import (
     Answer,
     BlocksFrom,
     BlocksPage,
+    DeviceOf,
     Follower,
     HoldingsOf,
     MadeOf,
@@ -204,6 +205,12 @@ class CometbftLedger:
         answer = self._answer(MadeOf(device, start_s))
         assert isinstance(answer, Proven)
         return answer.entries
+
+    def device(self, device: str) -> tuple[bytes, ...] | None:
+        """As what a device was admitted, as a node says; None if it does not know the question. Raises NotYet."""
+        answer = self._answer(DeviceOf(device))
+        assert answer is None or isinstance(answer, Proven)
+        return None if answer is None else answer.entries
 
     def checkpoint(self) -> bytes | None:
         """The sealed checkpoint of a node for the last block, None before one is known."""

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from broker.ledger.chain import Head, block_id_of
 from broker.ledger.cometbft.application import TxCode
-from broker.ledger.cometbft.rpc import Checked, Node, NodeBusy, NodeError
+from broker.ledger.cometbft.rpc import Checked, Node, NodeBusy, NodeError, QueryRefused
 from broker.ledger.engine import ClientResult, HoldingsPage
 from broker.ledger.limits import MAX_INTRODUCTION_BYTES, MAX_QUEUED_BATCHES, MAX_QUEUED_BYTES
 from broker.ledger.opening import Charter, RefusedBatch, charter_of, open_batch
@@ -105,7 +105,17 @@ class MadeOf:
     start_s: int
 
 
-Question = HoldingsOf | BlocksFrom | SignerOf | ProofOf | MadeOf
+@dataclass(frozen=True, slots=True)
+class DeviceOf:
+    """Asks as what a device was admitted; the answer is a Proven with one entry, or none.
+
+    It is None where the node does not know the question: another one may.
+    """
+
+    device: str
+
+
+Question = HoldingsOf | BlocksFrom | SignerOf | ProofOf | MadeOf | DeviceOf
 
 
 @dataclass(frozen=True, slots=True)
@@ -481,6 +491,8 @@ class Follower:
                     answer = _proven(node, kind, place)
                 case MadeOf(device, start_s):
                     answer = _entries(node, "/made", [device, start_s])
+                case DeviceOf(device):
+                    answer = _admitted(node, device)
                 case BlocksFrom(height):
                     answer = _blocks_page(node, height)
                 case HoldingsOf(party):
@@ -529,6 +541,15 @@ def _head(node: Node) -> tuple[Head, int]:
 def _proven(node: Node, kind: QueryKind, place: int) -> Proven:
     """A node's proof. Whoever asked checks it; the node need not be believed."""
     return _entries(node, "/prove", [int(kind), place])
+
+
+def _admitted(node: Node, device: str) -> Proven | None:
+    """A node of an earlier version is no worse for not knowing this question."""
+    try:
+        return _entries(node, "/device", [device])
+    except QueryRefused as refused:
+        LOG.info("ledger node %s", refused)
+        return None
 
 
 def _entries(node: Node, path: str, question: list[Any]) -> Proven:

@@ -9,6 +9,8 @@
 | /holdings | [party, cursor or null] | [height, [holding …], next cursor or null] |
 | /signer | key id | [name, COSE_Key] of a registered party, or null |
 | /prove | [query kind, place] | entries of a page (`proving.prove`); none if it cannot be proven |
+| /made | [device, start] | entries of a page of kind made; none without such a device |
+| /device | [device] | entries of a page of kind device; none without such a device |
 | /result | batch id | [0, ledger height], [1, network height, operation or null, fault, reason], or null if not known |
 
 Pages of holdings are of one height; where it changes between two pages, they begin anew. A refusal is remembered for a
@@ -19,6 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from broker.ledger.admitted import admitted_of
 from broker.ledger.chain import Head
 from broker.ledger.cometbft.views import HoldingsViews
 from broker.ledger.made import made_of
@@ -138,6 +141,15 @@ def _made(sources: Sources, question: bytes) -> bytes:
     return cbor.encode([] if made is None else [made.to_bytes()])
 
 
+_DEVICE_QUESTION: Final = Row((Name(),))
+
+
+def _device(sources: Sources, question: bytes) -> bytes:
+    (device,) = _DEVICE_QUESTION.decode(_decoded(question), "question")
+    admitted = admitted_of(sources.store, device)
+    return cbor.encode([] if admitted is None else [admitted.to_bytes()])
+
+
 def _result(sources: Sources, question: bytes) -> bytes:
     batch_id = Bytes(32, 32).decode(_decoded(question), "question")
     height = sources.store.height_of(batch_id)
@@ -162,5 +174,6 @@ _ANSWERS: Final[Mapping[str, Callable[[Sources, bytes], bytes]]] = {
     "/signer": _signer,
     "/prove": _prove,
     "/made": _made,
+    "/device": _device,
     "/result": _result,
 }

@@ -33,6 +33,10 @@ class NodeBusy(NodeError):
     """A node that answers, but takes no more batches now."""
 
 
+class QueryRefused(NodeError):
+    """A node that answers, but does not take this question: its program is of another version."""
+
+
 @dataclass(frozen=True, slots=True)
 class Checked:
     """What a node says of a batch that it was given: the application's `code` of CheckTx and its `log`."""
@@ -50,7 +54,7 @@ class Node(Protocol):
     def url(self) -> str: ...
 
     def query(self, path: str, data: bytes) -> bytes:
-        """The application's answer to a query. Raises NodeError."""
+        """The application's answer to a query. Raises QueryRefused where it takes none, or else NodeError."""
 
     def submit(self, raw_batch: bytes) -> Checked:
         """Hand in a batch. Raises NodeBusy where it must be handed in again, NodeError if nobody knows."""
@@ -71,7 +75,7 @@ class HttpNode:
         try:
             response = result["response"]
             if response.get("code", 0) != 0:
-                raise NodeError(self.url, f"it refuses the query {path}: {response.get('log')}")
+                raise QueryRefused(self.url, f"it refuses the query {path}: {response.get('log')}")
             return base64.b64decode(response.get("value") or "", validate=True)
         except (KeyError, TypeError, AttributeError, binascii.Error) as error:
             raise NodeError(self.url, f"its answer to {path} is none of CometBFT's ({error!r})") from error

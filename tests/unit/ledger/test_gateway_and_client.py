@@ -12,6 +12,7 @@ from support.ledger_world import (
     GENESIS,
     INTERVAL_S,
     T0,
+    admit,
     batch,
     close,
     counting_bytes,
@@ -30,11 +31,14 @@ from support.ledger_world import (
 from broker.ledger import client as client_module
 from broker.ledger import embedded, holdings_view
 from broker.ledger import gateway as gateway_module
+from broker.ledger.admitted import Admitted
 from broker.ledger.chain import genesis_hash
 from broker.ledger.client import (
     BatchCommitted,
     BatchRefused,
     BlockApplied,
+    DeviceKnown,
+    DeviceUnknown,
     Event,
     ForeignBatch,
     HoldingsLoaded,
@@ -43,12 +47,12 @@ from broker.ledger.client import (
     TooManyPending,
 )
 from broker.ledger.gateway import Gateway, Outgoing
-from broker.ledger.limits import RESEND_AFTER_S
+from broker.ledger.limits import DEVICE_TIMEOUT_S, MAX_DEVICES_ASKED, RESEND_AFTER_S
 from broker.ledger.operations import AssetId, Close, Issue, Void
 from broker.ledger.state import OWNED, AssetRow, Held, OwnedRow, asset_key, encode_key, encode_row
 from broker.protocol import envelope
 from broker.protocol.errors import BadSignature, MalformedMessage, ProtocolError, UnknownKey
-from broker.protocol.messages import Block, Carrier, NamedKey, Page, Query, QueryKind, Result, ResultStatus
+from broker.protocol.messages import Admission, Block, Carrier, NamedKey, Page, Query, QueryKind, Result, ResultStatus
 from broker.protocol.topics import Topics
 
 TOPICS = Topics()
@@ -667,6 +671,70 @@ def test_a_ledger_that_lost_blocks_stops_the_client(net: Net) -> None:
     (fault,) = client.events()
     assert isinstance(fault, LedgerFault)
     assert "fewer blocks" in fault.reason
+
+
+def test_whose_a_device_is_can_be_asked(net: Net) -> None:
+    client = net.join("b1")
+    net.settle()
+    client.events()
+    client.ask_device("solar-1")
+    client.ask_device("solar-1")
+    net.settle()
+    (known,) = client.events()
+    assert isinstance(known, DeviceKnown)
+    admission = Admission.from_payload(envelope.parse(admit("solar-1").statement).payload)
+    assert all(getattr(known.admitted, name) == getattr(admission, name) for name in Admitted.__slots__)
+    assert client.tick(1_000.0) == []
+
+
+def test_a_device_that_is_none_is_said_to_be_none_unless_the_node_may_be_behind(net: Net) -> None:
+    client = net.join("b1")
+    net.settle()
+    client.events()
+    client.ask_device("solar-9")
+    (asked,) = client.tick(0.0)
+    query = Query.from_payload(envelope.parse(asked).payload)
+    before = Page(query.request_id, QueryKind.DEVICE, client.height - 1, ())
+    client.on_message("result", seal(before, "node"))
+    assert client.events() == []
+    net.settle()
+    net.now_s += RESEND_AFTER_S
+    net.settle()
+    assert client.events() == [DeviceUnknown("solar-9", answered=True)]
+
+
+def test_an_answer_about_another_device_or_by_a_stranger_is_not_taken(net: Net) -> None:
+    client = net.join("b1")
+    net.settle()
+    client.events()
+    client.ask_device("solar-1")
+    (asked,) = client.tick(0.0)
+    query = Query.from_payload(envelope.parse(asked).payload)
+    answers = {name: net.engine.device(name) for name in ("solar-1", "wind-1")}
+    other = Page(query.request_id, QueryKind.DEVICE, 9, answers["wind-1"])
+    with pytest.raises(MalformedMessage):
+        client.on_message("result", seal(other, "node"))
+    right = Page(query.request_id, QueryKind.DEVICE, 9, answers["solar-1"])
+    with pytest.raises(UnknownKey):
+        client.on_message("result", seal(right, "b2"))
+    assert client.events() == []
+    client.on_message("result", seal(right, "node"))
+    assert kinds(client.events()) == [DeviceKnown]
+
+
+def test_a_question_about_a_device_is_given_up_where_nobody_answers(net: Net) -> None:
+    client = net.join("b1")
+    net.settle()
+    client.events()
+    client.ask_device("solar-1")
+    sent = [len(client.tick(float(now_s))) for now_s in range(100)]
+    assert sum(sent) == DEVICE_TIMEOUT_S / RESEND_AFTER_S
+    assert client.events() == [DeviceUnknown("solar-1", answered=False)]
+    for number in range(MAX_DEVICES_ASKED):
+        client.ask_device(f"device-{number}")
+    client.ask_device("device-0")
+    with pytest.raises(TooManyPending):
+        client.ask_device("one-more")
 
 
 def test_answers_to_questions_that_nobody_asked_are_passed_over(net: Net) -> None:

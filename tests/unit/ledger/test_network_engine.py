@@ -15,16 +15,20 @@ from broker.ledger.client import (
     BatchCommitted,
     BatchRefused,
     BlockApplied,
+    DeviceKnown,
+    DeviceUnknown,
     Event,
     HoldingsLoaded,
     LedgerClient,
     LedgerFault,
     MadeKnown,
 )
+from broker.ledger.cometbft import queries
 from broker.ledger.cometbft.engine import CometbftLedger
 from broker.ledger.cometbft.rpc import Checked
 from broker.ledger.engine import NotYet
 from broker.ledger.gateway import Gateway
+from broker.ledger.limits import DEVICE_TIMEOUT_S
 from broker.protocol import cbor, envelope
 from broker.protocol.envelope import Signer
 from broker.protocol.errors import ProtocolError, UnknownKey
@@ -130,6 +134,49 @@ def test_a_broker_learns_over_its_node_what_a_correction_withdrew(network: FakeN
     # The provider's 40 Wh went first, then half of what the broker had taken.
     assert [(item.from_wh, item.to_wh, item.owner) for item in known.made.held] == [(0, 30, "b1")]
     assert [(item.from_wh, item.to_wh) for item in known.made.withdrawn] == [(30, 100)]
+
+
+def asks_about_a_device(network: FakeNetwork) -> Turns:
+    """A broker that has asked about two devices, of which there is one."""
+    desk = Turns(network)
+    desk.client.submit(B1)
+    desk.turn()
+    network.make_block()
+    for _ in range(3):
+        desk.turn()
+    desk.client.ask_device("solar-1")
+    desk.client.ask_device("solar-9")
+    for _ in range(6):
+        desk.turn()
+    return desk
+
+
+def test_a_broker_learns_over_its_node_whose_a_device_is(network: FakeNetwork) -> None:
+    desk = asks_about_a_device(network)
+    (known,) = [event for event in desk.events if isinstance(event, DeviceKnown)]
+    assert (known.admitted.device, known.admitted.owner) == ("solar-1", "alice")
+    assert [event for event in desk.events if isinstance(event, DeviceUnknown)] == [DeviceUnknown("solar-9", True)]
+
+
+def test_where_nodes_do_not_know_the_question_the_broker_gives_it_up(
+    network: FakeNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        queries, "_ANSWERS", {path: each for path, each in queries._ANSWERS.items() if path != "/device"}
+    )
+    desk = asks_about_a_device(network)
+    assert not [event for event in desk.events if isinstance(event, DeviceKnown | DeviceUnknown)]
+    # Between two repetitions the gateway does not go on asking by itself.
+    assert not desk.gateway._waiting
+    asked = network.nodes[0].asked
+    desk.now_s += DEVICE_TIMEOUT_S
+    desk.turn()
+    assert [event for event in desk.events if isinstance(event, DeviceUnknown)] == [
+        DeviceUnknown("solar-1", False),
+        DeviceUnknown("solar-9", False),
+    ]
+    assert desk.client.tick(desk.now_s + 60.0) == []
+    assert asked > 0
 
 
 def test_what_must_be_fetched_is_answered_after_a_later_commit(network: FakeNetwork) -> None:

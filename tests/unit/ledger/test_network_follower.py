@@ -9,7 +9,8 @@ from support import ledger_world as world
 from support.comet_network import FakeNetwork, FakeNode
 
 from broker.ledger.cometbft import follower as following
-from broker.ledger.cometbft.follower import BlocksFrom, BlocksPage, Follower, HoldingsOf, News, SignerOf
+from broker.ledger.cometbft import queries
+from broker.ledger.cometbft.follower import BlocksFrom, BlocksPage, DeviceOf, Follower, HoldingsOf, News, SignerOf
 from broker.ledger.engine import HoldingsPage
 from broker.protocol import cbor, envelope
 from broker.protocol.envelope import Signer
@@ -224,6 +225,22 @@ def test_a_node_that_talks_nonsense_is_passed_over(network: FakeNetwork, path: s
     answers = {question: answer for each in news for question, answer in each.answers.items()}
     assert isinstance(answers[HoldingsOf("b1")], HoldingsPage)
     assert answers[SignerOf(OWN.key.key_id)] == OWN
+
+
+def test_a_node_that_does_not_know_a_question_is_kept_and_says_nothing(
+    network: FakeNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a node of a version from before there were questions about devices."""
+    monkeypatch.setattr(
+        queries, "_ANSWERS", {path: each for path, each in queries._ANSWERS.items() if path != "/device"}
+    )
+    desk = Desk(network, 0, 1)
+    news = desk.turn(B1, ask=(DeviceOf("solar-1"), BlocksFrom(1)))
+    assert news.answers[DeviceOf("solar-1")] is None
+    network.make_block()
+    assert heights(desk.turn()) == [1]
+    assert network.nodes[0].given == [B1]
+    assert not network.nodes[1].asked
 
 
 def test_a_silent_node_is_left_because_it_may_be_cut_off(network: FakeNetwork) -> None:

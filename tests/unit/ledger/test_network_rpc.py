@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from broker.ledger.cometbft import rpc
-from broker.ledger.cometbft.rpc import HttpNode, NodeBusy, NodeError
+from broker.ledger.cometbft.rpc import HttpNode, NodeBusy, NodeError, QueryRefused
 from firmware_config.loader import WrongValue
 
 
@@ -90,7 +90,7 @@ def test_a_full_node(server: Server, node: HttpNode) -> None:
 
 def test_a_query_that_the_application_refuses(server: Server, node: HttpNode) -> None:
     server.answer = {"result": {"response": {"code": 1, "log": "no such path", "value": None}}}
-    with pytest.raises(NodeError, match="no such path"):
+    with pytest.raises(QueryRefused, match="no such path"):
         node.query("/nonsense", b"")
 
 

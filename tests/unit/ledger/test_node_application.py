@@ -28,6 +28,7 @@ from support.ledger_world import (
 )
 from support.node import NETWORK, NODES, Node
 
+from broker.ledger.admitted import decode_admitted
 from broker.ledger.chain import block_id_of
 from broker.ledger.cometbft import abci, application
 from broker.ledger.cometbft.application import (
@@ -298,6 +299,9 @@ def test_questions(traded: Node) -> None:
     assert (height, holding.asset.start_s, holding.to_wh, cursor) == (2, T0, 1_000, None)
     assert traded.query("/signer", key("b2").public.key_id) == ["b2", key("b2").public.cose_key]
     assert traded.query("/signer", b"k" * 16) is None
+    (admitted,) = traded.query("/device", ["solar-1"])
+    assert decode_admitted(admitted).owner == "alice"
+    assert traded.query("/device", ["solar-9"]) == []
     trust = read_trust(json.dumps(trust_of(NETWORK)))
     (proof,) = traded.query("/prove", [int(QueryKind.OPERATION), 0])
     assert read_proof(proof).check(trust)[0] == traded.application.head.checkpoint()
@@ -316,6 +320,7 @@ def test_questions(traded: Node) -> None:
     for path, data in (("/nowhere", b""), ("/blocks", b""), ("/blocks", cbor.encode([0, 1])), ("/signer", b"\x40")):
         assert traded.ask(abci.QueryRequest(data, path)).code == 1
     assert traded.ask(abci.QueryRequest(cbor.encode(["b1", b"x"]), "/holdings")).code == 1
+    assert traded.ask(abci.QueryRequest(cbor.encode(["no name"]), "/device")).code == 1
 
 
 def test_only_ed25519_keys_are_validators_of_a_network() -> None:

@@ -55,6 +55,31 @@ def test_taking_goes_by_device_then_revision_then_range_and_splits_the_last_slic
     assert stock.available(FIRST) == {}
 
 
+def test_a_stock_that_learns_late_whose_a_device_is_behaves_like_one_that_knew() -> None:
+    known, late = Stock(), Stock()
+    for asset, from_wh, to_wh, owner in ((ROOF, 0, 60, "ola"), (MILL, 10, 40, "pia"), (ROOF, 80, 100, "ola")):
+        known.add(piece(asset, from_wh, to_wh)._replace(provider=owner))
+        late.add(piece(asset, from_wh, to_wh))
+    unknown = Lot(Source.SOLAR, 0, "", 10)
+    # Taken and put back, so that the order within the lot has been looked up once.
+    for held in late.take_lots([unknown], 5):
+        late.add(held)
+    late.hold_back({unknown: 20})
+    assert late.holds_back_of("")
+    late.set_provider("roof", "ola")
+    late.set_provider("mill", "pia")
+    late.add(piece(ROOF, 60, 80)._replace(provider="ola"))
+    known.add(piece(ROOF, 60, 80)._replace(provider="ola"))
+    assert (
+        late.lots(0, 1)
+        == known.lots(0, 1)
+        == {Lot(Source.SOLAR, 0, "ola", 10): 100, Lot(Source.SOLAR, 0, "pia", 10): 30}
+    )
+    ola = [Lot(Source.SOLAR, 0, "ola", 10)]
+    assert late.take_lots(ola, 70) == known.take_lots(ola, 70)
+    assert late.take(Source.SOLAR, 0, 60) == known.take(Source.SOLAR, 0, 60)
+
+
 def test_taking_nothing_gives_nothing() -> None:
     assert Stock().take(Source.SOLAR, 0, 0) == []
     assert stock_of(piece(ROOF, 0, 1)).take(Source.SOLAR, 0, 0) == []

@@ -20,6 +20,7 @@ from support.schema import (
     validate_traffic,
 )
 
+from broker.ledger.admitted import Admitted, decode_admitted
 from broker.ledger.holding import Holding, decode_holding, encode_holding
 from broker.ledger.operations import (
     AssetId,
@@ -200,6 +201,19 @@ def test_codec_and_cddl_agree_on_holdings_and_mutated_ones(data: st.DataObject) 
     assert follows("holding", raw) is accepted
 
 
+@given(data=st.data())
+def test_codec_and_cddl_agree_on_admitted_devices_and_mutated_ones(data: st.DataObject) -> None:
+    encoded = Admitted("roof", "ola", Source.SOLAR, Carrier.ELECTRICITY, 5_000, "north", "a roof", 0).to_bytes()
+    require("admitted", encoded, "admitted")
+    raw = cbor2.dumps(mutated(cbor2.loads(encoded), data.draw))
+    try:
+        decode_admitted(raw)
+        accepted = True
+    except MalformedMessage:
+        accepted = False
+    assert follows("admitted", raw) is accepted
+
+
 def test_asyncapi_names_every_message_once_with_its_type_rule_and_limit() -> None:
     described = asyncapi()["components"]["messages"]
     on_topics = {name for channel in asyncapi()["channels"].values() for name in channel["messages"]}
@@ -263,6 +277,8 @@ def test_traffic_on_its_topic_passes_and_is_counted() -> None:
     page = seal(Page(bytes(8), QueryKind.BLOCKS, 1, (block,)), KEY, "ledger-1", "node")
     holding = encode_holding(Holding(ASSET, Source.WIND, "north", 0, 5))
     holdings = seal(Page(bytes(8), QueryKind.HOLDINGS, 1, (holding,)), KEY, "ledger-1", "node")
+    admitted = Admitted("roof", "ola", Source.SOLAR, Carrier.ELECTRICITY, 5_000, "north", "a roof", 0)
+    device = seal(Page(bytes(8), QueryKind.DEVICE, 1, (admitted.to_bytes(),)), KEY, "ledger-1", "node")
     report = Report("east", 0, Stage.MARKET, True).to_bytes()
     counts = validate_traffic(
         [
@@ -271,11 +287,12 @@ def test_traffic_on_its_topic_passes_and_is_counted() -> None:
             (topics.ledger_feed("ledger-1"), block),
             (topics.ledger_result("ledger-1", "east"), page),
             (topics.ledger_result("ledger-1", "east"), holdings),
+            (topics.ledger_result("ledger-1", "east"), device),
             (topics.report("east"), report),
             (topics.report("east"), report),
         ]
     )
-    assert counts == {"reading": 1, "submit": 1, "feed": 1, "result": 2, "report": 2}
+    assert counts == {"reading": 1, "submit": 1, "feed": 1, "result": 3, "report": 2}
 
 
 def test_the_traffic_check_refuses_what_does_not_belong() -> None:
@@ -284,6 +301,7 @@ def test_the_traffic_check_refuses_what_does_not_belong() -> None:
     block_of_readings = seal(Block(1, bytes(32), (reading,), 1, bytes(32), bytes(32)), KEY, "ledger-1", "node")
     no_operation = seal(Batch(1800, (b"\x82\x00\x80",)), KEY, "ledger-1", "east")
     issue_of_nothing = seal(Batch(1800, (encode_operation(Issue(b"reading")),)), KEY, "ledger-1", "east")
+    no_device = seal(Page(bytes(8), QueryKind.DEVICE, 1, (b"\x80",)), KEY, "ledger-1", "node")
     no_holding = seal(Page(bytes(8), QueryKind.HOLDINGS, 1, (b"\x80",)), KEY, "ledger-1", "node")
     negative = seal(dataclasses.replace(READING, energy_wh=-1), KEY, "ledger-1", "meter-1")
     header_outside = list(cbor2.loads(reading).value)
@@ -301,6 +319,7 @@ def test_the_traffic_check_refuses_what_does_not_belong() -> None:
         (topics.ledger_submit("ledger-1"), no_operation),
         (topics.ledger_submit("ledger-1"), issue_of_nothing),
         (topics.ledger_result("ledger-1", "east"), no_holding),
+        (topics.ledger_result("ledger-1", "east"), no_device),
         (topics.report("east"), reading),
     ]:
         with pytest.raises(SchemaError):
