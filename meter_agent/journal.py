@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from broker.protocol.messages import Quality
+from broker.protocol.envelope import parse
+from broker.protocol.messages import Delivery, Quality, Receipt
 from meter_agent.intervals import Anchor, Boundary, MeterState, SealedInterval
-from meter_agent.outbox import OutboxState, WaitingMessage
+from meter_agent.outbox import AcceptedDemand, OutboxState, WaitingMessage
 
 FILE_NAME: Final = "journal.sqlite"
 SCHEMA_VERSION: Final = 2
@@ -254,6 +255,31 @@ class Journal:
                 (*meters, limit),
             ).fetchall()
         return [WaitingMessage(*row) for row in rows]
+
+    def accepted_demands(self, meters: Sequence[str], since_s: int, limit: int) -> list[AcceptedDemand]:
+        """Accepted intervals of these meters that begin then or later, newest first, with what is known of each.
+
+        Everything noted is taken into account.
+        """
+        self.flush()
+        places = ", ".join("?" * len(meters))
+        with self._errors_named():
+            rows = self._db.execute(
+                "SELECT meter, start_s, revision, message_id, message, receipt, (SELECT message FROM delivery WHERE"
+                " delivery.meter = interval.meter AND delivery.start_s = interval.start_s AND delivery.revision >="
+                " interval.revision ORDER BY delivery.revision DESC LIMIT 1) FROM interval"
+                f" WHERE meter IN ({places}) AND start_s >= ? AND state = ? ORDER BY start_s DESC LIMIT ?",
+                (*meters, since_s, int(OutboxState.ACCEPTED), limit),
+            ).fetchall()
+        return [
+            AcceptedDemand(
+                WaitingMessage(*message),
+                Receipt.from_payload(parse(receipt).payload),
+                Delivery.from_payload(parse(delivery).payload) if delivery is not None else None,
+            )
+            for *message, receipt, delivery in rows
+            if receipt is not None
+        ]
 
     def retry_refused(self) -> bool:
         """Make every refused interval wait again, in a transaction of its own. False if there is none.

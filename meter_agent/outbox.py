@@ -3,6 +3,9 @@
 A message stays until the broker's signed receipt for it comes. Until then it is sent again, always the same bytes,
 after a back-off with jitter, and once more whenever the connection is new. The first sending of an interval waits by a
 hash of the meter's name, so that a million agents do not speak in the same second.
+
+A delivery is not acknowledged by anybody, so one may be missed. Whoever sends the demand again gets its receipt again,
+and the delivery as it stands now: `is_missed` says when, and `ask` does it, whatever the second receipt says.
 """
 
 import heapq
@@ -15,10 +18,13 @@ from typing import Final
 
 from broker.protocol.envelope import KeyLookup, open_envelope
 from broker.protocol.errors import MalformedMessage
-from broker.protocol.messages import Delivery, Receipt, ReceiptStatus
+from broker.protocol.messages import Delivery, DeliveryState, Receipt, ReceiptStatus
 
 MAX_UNDER_WAY: Final = 256
 """Messages held in memory; what is beyond waits in the journal."""
+
+MAX_ASKING: Final = MAX_UNDER_WAY // 2
+"""While so many are under way no message is sent again for its delivery: intervals without a receipt go first."""
 
 
 class OutboxState(IntEnum):
@@ -65,6 +71,29 @@ CONDUCTOR_PACE: Final = Pace(spread_s=0.0, first_resend_s=1.0, longest_resend_s=
 
 
 @dataclass(frozen=True, slots=True)
+class AcceptedDemand:
+    """A demand with its receipt, and the newest delivery for it, None if none has come."""
+
+    message: WaitingMessage
+    receipt: Receipt
+    delivery: Delivery | None
+
+
+DELIVERY_GRACE_S: Final = 60
+"""A broker closes an interval at the moment that the receipt names, and takes a while to say what came of it."""
+
+
+def is_missed(demand: AcceptedDemand, now_s: float, *, open_too: bool) -> bool:
+    """True if a delivery should be here, and is not; with `open_too` also if what is here was not the last word."""
+    clear_by_s = demand.receipt.clear_by_s
+    if clear_by_s is None or now_s < clear_by_s + DELIVERY_GRACE_S:
+        return False
+    if demand.delivery is None:
+        return True
+    return open_too and demand.delivery.state is DeliveryState.OPEN
+
+
+@dataclass(frozen=True, slots=True)
 class Answered:
     """A message that has its receipt. `reason` is the broker's, for refusals and conflicts."""
 
@@ -80,6 +109,8 @@ class _Entry:
     message: WaitingMessage
     due_s: float
     back_off_s: float
+    asks: bool = False
+    """It was answered before, and is sent for its delivery."""
 
 
 class Outbox:
@@ -110,6 +141,14 @@ class Outbox:
             heapq.heappush(self._queue, (entry.due_s, message.start_s, message.message_id))
         return True
 
+    def ask(self, messages: Iterable[WaitingMessage], now_s: float) -> None:
+        """Send accepted messages again, as far as there is room; their receipts change nothing."""
+        for message in messages:
+            if message.message_id not in self._entries and len(self._entries) < MAX_ASKING:
+                entry = _Entry(message, now_s + self._spread_s(message.meter), self._pace.first_resend_s, asks=True)
+                self._entries[message.message_id] = entry
+                heapq.heappush(self._queue, (entry.due_s, message.start_s, message.message_id))
+
     def reconnected(self, now_s: float) -> None:
         """The connection is new: whatever was sent on the old one may be lost, so everything is due again."""
         self._queue.clear()
@@ -138,7 +177,7 @@ class Outbox:
         return self._queue[0][0] if self._entries and self._queue else None
 
     def take_receipt(self, raw: bytes) -> Answered | None:
-        """A receipt has come. None if it answers nothing that is under way (a repeated one, or for another agent).
+        """A receipt has come. None if it answers nothing that waits (a repeated one, or for another agent).
 
         Raises ProtocolError unless it is a receipt that our broker signed.
         """
@@ -147,7 +186,7 @@ class Outbox:
         if not isinstance(receipt, Receipt):
             raise MalformedMessage("receipt", f"a receipt, got a {receipt.TYPE.name.lower()}")
         entry = self._entries.pop(receipt.message_id, None)
-        if entry is None:
+        if entry is None or entry.asks:
             return None
         return Answered(entry.message, _STATES[receipt.status], receipt.reason)
 

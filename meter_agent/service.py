@@ -34,7 +34,16 @@ from meter_agent.config import AgentConfig, AgentSettings, MeterConfig
 from meter_agent.hints import hints_json, home_values, read_hint, with_hint
 from meter_agent.intervals import MeterRules, MeterState, SealedInterval, advance, next_boundary_s, retimed
 from meter_agent.journal import Journal, OutboxRow
-from meter_agent.outbox import CONDUCTOR_PACE, MAX_UNDER_WAY, SYSTEM_PACE, Outbox, OutboxState, Pace, WaitingMessage
+from meter_agent.outbox import (
+    CONDUCTOR_PACE,
+    MAX_UNDER_WAY,
+    SYSTEM_PACE,
+    Outbox,
+    OutboxState,
+    Pace,
+    WaitingMessage,
+    is_missed,
+)
 from meter_agent.readings import MeterReader, ReadFailure, Sample
 from meter_agent.shown import sample_json
 from meter_agent.status_socket import StatusSocket
@@ -58,6 +67,14 @@ IDLE_WAIT_S: Final = 60.0
 STATUS_PERIOD_S: Final = 900.0
 RETRY_REFUSED_S: Final = 86_400.0
 """Refused intervals are sent again once a day and at each start: what was wrong may have been put right since."""
+
+DELIVERIES_BACK_S: Final = 2 * 86_400
+"""A delivery that never came is asked for as long; one that was not the last word, with windows of a month in mind,"""
+OPEN_DELIVERIES_BACK_S: Final = 32 * 86_400
+"""so long, but only on a new connection: while there is one, the last word comes by itself."""
+
+MAX_DEMANDS_LOOKED_AT: Final = 512
+"""The newest ones. Looking at all of a month would hold up a small gateway for seconds."""
 
 _STOP_WAIT_S: Final = 1.0
 _THEN: Final = {
@@ -219,6 +236,8 @@ class Agent:
         self._broker_key = _only(broker.name, broker.public_key())
         self._outbox = Outbox(pace, random.Random(self._name), config.agent.ledger, self._broker_key)
         self._more_in_journal = True
+        self._look_back_s: int | None = None
+        """How far back to look for deliveries that are missing; None if that was done."""
         self._ticks = _TickState()
         self._connections_seen = 0
         self._unacknowledged: list[Incoming] = []
@@ -325,6 +344,7 @@ class Agent:
         self._retry_tick()
         self._retry_refused()
         self._refill()
+        self._ask_for_deliveries()
         self._send_due()
         self._report()
         self._acknowledge()
@@ -353,6 +373,7 @@ class Agent:
         self._unacknowledged.clear()
         self._outbox.reconnected(time.monotonic())
         self._ticks.reported = None
+        self._look_back_s = OPEN_DELIVERIES_BACK_S
         for meter in self._meters.values():
             self._publish_status(meter, online=True)
 
@@ -454,6 +475,7 @@ class Agent:
             rows = [self._sign(meter, interval) for interval in step.sealed]
             self._journal.seal(meter.name, step.state, rows)
             meter.waiting += len(rows)
+            self._look_back_s = self._look_back_s or DELIVERIES_BACK_S
             messages = [
                 WaitingMessage(meter.name, row.interval.start_s, row.revision, row.message_id, row.message)
                 for row in rows
@@ -497,6 +519,19 @@ class Agent:
         messages = self._journal.waiting(list(self._meters), MAX_UNDER_WAY)
         self._more_in_journal = len(messages) == MAX_UNDER_WAY
         self._outbox.add(messages, time.monotonic())
+
+    def _ask_for_deliveries(self) -> None:
+        """Send demands again whose deliveries should be here: this agent may have been away when they came."""
+        consumption = [meter.name for meter in self._meters.values() if meter.config.direction == "consumption"]
+        if self._look_back_s is None or not consumption or not self._link.connected or not self._clock.trusted():
+            return
+        back_s, self._look_back_s = self._look_back_s, None
+        now_s = self._clock.time_s()
+        demands = self._journal.accepted_demands(consumption, int(now_s) - back_s, MAX_DEMANDS_LOOKED_AT)
+        missed = [
+            demand.message for demand in demands if is_missed(demand, now_s, open_too=back_s == OPEN_DELIVERIES_BACK_S)
+        ]
+        self._outbox.ask(missed, time.monotonic())
 
     def _send_due(self) -> None:
         if not self._link.connected:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -296,6 +297,49 @@ def test_deliveries_are_kept_and_forged_messages_change_nothing(world: World) ->
     ]
     assert [opened.message for opened in kept] == [delivery]
     assert [kind for _, _, kind, _ in view.events(9)] == ["bad-message", "bad-message"]
+    view.close()
+
+
+def times_sent(world: World, start_s: int) -> int:
+    """How often the house's demand of an interval was sent."""
+    return len([value for value in world.broker.values if (value.meter, value.start_s) == ("house", T0 + start_s)])
+
+
+def test_a_delivery_that_was_missed_is_asked_for_until_it_is_here(world: World) -> None:
+    world.broker.clear_after_s = 600
+    with world.agent():
+        world.tick_and_settle(T0)
+        world.tick_and_settle(T0 + 1800)
+        world.tick_and_settle(T0 + 3600)
+        wait_until(lambda: times_sent(world, 0) == 2, "the first interval to be sent again for its delivery")
+        world.broker.say("house", "delivery", Delivery("house", T0, T0 + 1800, 0, 500, 500, DeliveryState.FINAL, ()))
+        world.tick_and_settle(T0 + 5400)
+        wait_until(lambda: times_sent(world, 1800) == 2, "the second interval to be sent again for its delivery")
+    assert times_sent(world, 0) == 2
+    assert len(set(world.broker.raw)) == len({(value.meter, value.start_s) for value in world.broker.values})
+
+
+def test_on_a_new_connection_a_delivery_that_was_not_the_last_word_is_asked_for_too(world: World) -> None:
+    world.broker.clear_after_s = 600
+    open_one = Delivery("house", T0, T0 + 1800, 0, 500, 500, DeliveryState.OPEN, ())
+    with world.agent():
+        world.tick_and_settle(T0)
+        world.tick_and_settle(T0 + 1800)
+        world.broker.say("house", "delivery", open_one)
+        world.tick_and_settle(T0 + 3600)
+    assert times_sent(world, 0) == 1
+    world.broker.policy = lambda _value: ReceiptStatus.REFUSED
+    with world.agent():
+        wait_until(lambda: times_sent(world, 0) == 2, "the first interval to be sent again for its delivery")
+        world.broker.say("house", "delivery", replace(open_one, state=DeliveryState.FINAL))
+        world.broker.policy = accept
+        world.tick_and_settle(T0 + 5400)
+    with world.agent():
+        wait_until(lambda: times_sent(world, 1800) == 3, "the interval without any delivery to be sent again")
+    assert times_sent(world, 0) == 2
+    view = JournalView(world.folder / "data")
+    # What the first receipt said stands.
+    assert {record.state for record in view.intervals("house", 9)} == {OutboxState.ACCEPTED}
     view.close()
 
 

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from broker.protocol.envelope import Signer, open_envelope, seal
 from broker.protocol.keys import PrivateKey, generate_private_key
@@ -43,6 +43,8 @@ class FakeBroker:
     mqtt: MqttConfig
     meter_keys: dict[str, PrivateKey]
     policy: Policy = accept
+    clear_after_s: int | None = None
+    """How long after an interval its receipt says that it will be cleared; None: it does not say."""
     raw: list[bytes] = field(default_factory=list)
     values: list[MeterValue] = field(default_factory=list)
     statuses: list[MeterStatus] = field(default_factory=list)
@@ -109,8 +111,9 @@ class FakeBroker:
             status = self.policy(message)
             if status is not None:
                 reason = None if status is ReceiptStatus.ACCEPTED else "as the test says"
-                self.say(
-                    meter,
-                    "receipt",
-                    Receipt(meter, message.TYPE, message.start_s, message.revision, status, opened.message_id, reason),
+                receipt = Receipt(
+                    meter, message.TYPE, message.start_s, message.revision, status, opened.message_id, reason
                 )
+                if self.clear_after_s is not None and levels[-1] == "demand":
+                    receipt = replace(receipt, clear_by_s=message.end_s + self.clear_after_s)
+                self.say(meter, "receipt", receipt)

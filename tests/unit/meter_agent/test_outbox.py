@@ -1,5 +1,6 @@
 """The outbox's conversation: spread, resend, reconnect, and receipts that only the broker can give."""
 
+from dataclasses import replace
 from itertools import pairwise
 from random import Random
 
@@ -19,7 +20,18 @@ from broker.protocol.messages import (
     Receipt,
     ReceiptStatus,
 )
-from meter_agent.outbox import CONDUCTOR_PACE, MAX_UNDER_WAY, Outbox, OutboxState, Pace, WaitingMessage
+from meter_agent.outbox import (
+    CONDUCTOR_PACE,
+    DELIVERY_GRACE_S,
+    MAX_ASKING,
+    MAX_UNDER_WAY,
+    AcceptedDemand,
+    Outbox,
+    OutboxState,
+    Pace,
+    WaitingMessage,
+    is_missed,
+)
 
 LEDGER = "demo"
 BROKER = generate_private_key()
@@ -143,6 +155,51 @@ def test_a_receipt_for_another_message_of_the_same_interval_answers_nothing() ->
     other = WaitingMessage("house", 0, 0, bytes(32), b"")
     assert outbox.take_receipt(_from_broker(_receipt(other, ReceiptStatus.ACCEPTED))) is None
     assert len(outbox) == 1
+
+
+def _delivery(state: DeliveryState) -> Delivery:
+    return Delivery("house", 0, 1800, 0, 7, 7, state, ())
+
+
+@pytest.mark.parametrize(
+    ("delivery", "seconds_after", "on_seal", "on_connection"),
+    [
+        (None, DELIVERY_GRACE_S - 1, False, False),
+        (None, DELIVERY_GRACE_S, True, True),
+        (_delivery(DeliveryState.OPEN), DELIVERY_GRACE_S, False, True),
+        (_delivery(DeliveryState.FINAL), DELIVERY_GRACE_S, False, False),
+    ],
+)
+def test_a_delivery_is_missed_once_it_should_be_here(
+    delivery: Delivery | None, seconds_after: int, on_seal: bool, on_connection: bool
+) -> None:
+    message = _message()
+    receipt = replace(_receipt(message, ReceiptStatus.ACCEPTED), clear_by_s=2400)
+    demand = AcceptedDemand(message, receipt, delivery)
+    assert is_missed(demand, 2400 + seconds_after, open_too=False) is on_seal
+    assert is_missed(demand, 2400 + seconds_after, open_too=True) is on_connection
+
+
+def test_of_a_broker_that_does_not_say_when_it_clears_nothing_is_missed() -> None:
+    message = _message()
+    demand = AcceptedDemand(message, _receipt(message, ReceiptStatus.ACCEPTED), None)
+    assert not is_missed(demand, 2**40, open_too=True)
+
+
+def test_what_is_asked_for_is_sent_until_a_receipt_comes_which_changes_nothing() -> None:
+    outbox = _outbox(CONDUCTOR_PACE)
+    message = _message()
+    outbox.ask([message, message], 0.0)
+    assert outbox.due(0.0) == outbox.due(10.0) == [message]
+    assert outbox.take_receipt(_from_broker(_receipt(message, ReceiptStatus.REFUSED, "gone"))) is None
+    assert outbox.due(100.0) == []
+
+
+def test_intervals_without_a_receipt_go_before_those_that_ask_for_a_delivery() -> None:
+    outbox = _outbox(CONDUCTOR_PACE)
+    outbox.ask([_message(1800 * number) for number in range(MAX_UNDER_WAY)], 0.0)
+    assert len(outbox) == MAX_ASKING
+    assert outbox.add([_message(1800 * (MAX_UNDER_WAY + number)) for number in range(MAX_ASKING)], 0.0)
 
 
 def test_what_finds_no_room_is_left_to_the_journal() -> None:
