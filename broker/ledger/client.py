@@ -568,6 +568,8 @@ class LedgerClient:
             self._take_device(wanted.query, page)
             return
         if not page.entries:
+            if page.height < self._height:
+                return  # One of several nodes, and it is behind: it is asked again after a while.
             del self._wanted[request_id]
             self._events.append(NotProven(request_id, answered=True))
             return

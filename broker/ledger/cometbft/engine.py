@@ -91,7 +91,8 @@ class CometbftLedger:
         self._ledger = genesis.ledger
         self._follower = Follower(genesis, nodes, own, known_height)
         self._monotonic_s = monotonic_s
-        self._signers: dict[bytes, Signer] = {} if own is None else {own.key.key_id: own}
+        self._own: dict[bytes, Signer] = {} if own is None else {own.key.key_id: own}
+        self._signers = dict(self._own)
         self._changed = threading.Condition()
         self._batches: dict[bytes, None] = {}
         self._batches_bytes = 0
@@ -102,6 +103,7 @@ class CometbftLedger:
         self._blocks: list[bytes] = []
         self._results: list[ClientResult] = []
         self._checkpoint: bytes | None = None
+        self._keys_revoked = False
         self._blocks_height = 0
         self._height = 0
         self._wait_s = 0.0
@@ -143,7 +145,7 @@ class CometbftLedger:
         answer = self._answer(SignerOf(key_id))
         assert answer is None or isinstance(answer, Signer)
         if answer is not None:
-            # A key belongs to one party for ever.
+            # A key belongs to one party until it is revoked.
             self._signers[key_id] = answer
         return answer
 
@@ -174,6 +176,8 @@ class CometbftLedger:
             blocks, self._blocks = tuple(self._blocks), []
             results, self._results = tuple(self._results), []
             fetched, self._fetched = self._fetched, {}
+            if self._keys_revoked:
+                self._signers, self._keys_revoked = dict(self._own), False
             self._height = max(self._height, self._blocks_height)
         for question in self._answers:
             self._awaited.pop(question, None)
@@ -268,6 +272,9 @@ class CometbftLedger:
             self._results += news.results
             self._checkpoint = news.checkpoint or self._checkpoint
             self._blocks_height = self._follower.height
+            if news.keys_revoked:
+                self._keys_revoked = True
+                self._fetched = {each: self._fetched[each] for each in self._fetched if not isinstance(each, SignerOf)}
             for question, answer in news.answers.items():
                 while len(self._fetched) >= MAX_ANSWERS_KEPT:
                     del self._fetched[next(iter(self._fetched))]

@@ -21,6 +21,7 @@ from broker.ledger.cometbft.rpc import Checked, Node, NodeBusy, NodeError, Query
 from broker.ledger.engine import ClientResult, HoldingsPage
 from broker.ledger.limits import MAX_INTRODUCTION_BYTES, MAX_QUEUED_BATCHES, MAX_QUEUED_BYTES
 from broker.ledger.opening import Charter, RefusedBatch, charter_of, open_batch
+from broker.ledger.operations import OperationCode
 from broker.ledger.state import Key
 from broker.protocol import cbor, envelope
 from broker.protocol.envelope import Signer
@@ -52,6 +53,9 @@ BACK_OFF_S: Final = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 """How long a node is left alone, by how often in a row it has failed."""
 
 BEHIND_S: Final = 0.5
+BEHIND_TOLD_S: Final = 30.0
+"""A node that is behind for longer is told to the operator: it may be cut off, or stand on another ledger's data."""
+
 CONTRADICTION_S: Final = 60.0
 BUSY_S: Final = 0.2
 """How long a node with a full queue is not given more."""
@@ -66,6 +70,8 @@ MAX_RESULTS_ASKED: Final = 16
 MAX_HOLDINGS_TRIES: Final = 5
 MAX_QUESTIONS: Final = 64
 _MAX_ANSWER_BYTES: Final = 2 * MAX_BLOCK_BYTES
+_REVOCATION: Final = bytes((0x82, OperationCode.REVOKE_KEY, 0x81))
+"""How every encoded revocation of a key begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +150,8 @@ class News:
     results: list[ClientResult] = field(default_factory=list)
     checkpoint: bytes | None = None
     answers: dict[Question, Answer] = field(default_factory=dict)
+    keys_revoked: bool = False
+    """Who was known to have a key may not be believed to have it any more: some of the blocks revoke keys."""
 
     def __bool__(self) -> bool:
         return bool(self.blocks or self.results or self.checkpoint or self.answers)
@@ -164,6 +172,8 @@ class _Peer:
     retry_at_s: float = 0.0
     ours: bool = False
     """It has shown that it keeps this ledger."""
+    behind_since_s: float | None = None
+    told_behind: bool = False
 
 
 @dataclass(slots=True)
@@ -188,13 +198,15 @@ class Follower:
         self._charter: Charter = charter_of(genesis)
         self._peers = [_Peer(node) for node in nodes]
         self._at = 0
-        self._signers = {} if own is None else {own.key.key_id: own}
+        self._own = {} if own is None else {own.key.key_id: own}
+        self._signers = dict(self._own)
         self._pending: dict[bytes, _Pending] = {}
         self._pending_bytes = 0
         self._questions: dict[Question, None] = {}
         self._block_id: bytes | None = None
         self._network_height = 0
         self._answered_height = 0
+        self._checkpoint_height = 0
         self._hold_until_s = 0.0
         self._active_s = 0.0
         self._heard_s: float | None = None
@@ -230,9 +242,9 @@ class Follower:
             except NodeError as error:
                 self._leave_alone(peer, error, now_s)
                 continue
-            if peer.failures:
+            if peer.failures or peer.told_behind:
                 LOG.info("ledger node %s answers again", peer.node.url)
-                peer.failures = 0
+            peer.failures, peer.behind_since_s, peer.told_behind = 0, None, False
             break
         if news or self._pending or self._questions:
             self._active_s = now_s
@@ -259,6 +271,11 @@ class Follower:
         elif isinstance(error, Behind):
             LOG.debug("ledger node %s", error)
             peer.retry_at_s = now_s + BEHIND_S
+            if peer.behind_since_s is None:
+                peer.behind_since_s = now_s
+            elif now_s - peer.behind_since_s >= BEHIND_TOLD_S and not peer.told_behind:
+                peer.told_behind = True
+                LOG.warning("ledger node %s for %d s; look whether it catches up", error, BEHIND_TOLD_S)
         else:
             if not peer.failures:
                 LOG.warning("ledger node %s; trying the others, and this one again later", error)
@@ -276,7 +293,7 @@ class Follower:
     # --- one turn with one node
 
     def _speak(self, node: Node, now_s: float, news: News) -> None:
-        height = self._look(node, now_s, news)
+        height = self._look(node, now_s)
         self._hand_in(node, now_s, news)
         self._fetch(node, height, news)
         self._ask_results(node, news)
@@ -289,17 +306,15 @@ class Follower:
                 raise Contradiction(peer.node.url, f"keeps another ledger than {self._charter.ledger} of our genesis")
             peer.ours = True
 
-    def _look(self, node: Node, now_s: float, news: News) -> int:
+    def _look(self, node: Node, now_s: float) -> int:
         """The node's ledger height, after a check that it is not behind."""
         head, network_height = _head(node)
         seen = max(self.height, self._answered_height)
         if head.height < seen or network_height < self._network_height:
             raise Behind(node.url, f"is behind: it has block {head.height}, but {seen} was seen before")
         if self._block_id is None:
-            # Whoever needs what is before asks for it, and checks that it leads here. The checkpoint tells them.
+            # Whoever needs what is before asks for it, and checks that it leads here.
             self.height, self._block_id = head.height, head.block_id
-            if head.height:
-                news.checkpoint = self._checkpoint(node)
         if network_height > self._network_height:
             self._network_height = network_height
             self._heard_s = now_s
@@ -372,7 +387,8 @@ class Follower:
         else:
             if self.height < height:
                 self.wait_s = 0.0
-        if news.blocks:
+        if self._checkpoint_height < self.height:
+            # Also of a block from before this began: by it the clients learn what they have missed.
             news.checkpoint = self._checkpoint(node)
 
     def _take_block(self, node: Node, raw: bytes, news: News) -> None:
@@ -388,6 +404,8 @@ class Follower:
             if pending is not None:
                 self._drop(pending)
                 self._confirm(node, batch, block.height, news)
+        if _revokes_keys(block.batches):
+            self._signers, news.keys_revoked = dict(self._own), True
         self.height, self._block_id = block.height, block_id_of(raw)
         news.blocks.append(raw)
 
@@ -398,7 +416,10 @@ class Follower:
             checkpoint = Checkpoint.from_payload(envelope.parse(raw).payload)
         except ProtocolError as error:
             raise NodeError(node.url, f"gives a checkpoint that is none ({error})") from error
-        return raw if checkpoint.height == self.height else None
+        if checkpoint.height != self.height:
+            return None
+        self._checkpoint_height = self.height
+        return raw
 
     def _ask_results(self, node: Node, news: News) -> None:
         """Ask what became of batches that no block has shown: refused, or committed before this began."""
@@ -465,7 +486,7 @@ class Follower:
         return opened.sender, opened.batch_id
 
     def _signer(self, node: Node, key_id: bytes) -> Signer | None:
-        """Who has the key. A key belongs to one party for ever, so who is known need not be asked for again."""
+        """Who has the key. It belongs to one party until it is revoked, so who is known need not be asked for again."""
         known = self._signers.get(key_id)
         if known is not None:
             return known
@@ -521,6 +542,11 @@ class _Nobody:
 _NOBODY: Final = _Nobody()
 
 
+def _revokes_keys(batches: Iterable[bytes]) -> bool:
+    """True if a key may be revoked in one of these batches; by chance now and then, which costs a question more."""
+    return any(_REVOCATION in raw for raw in batches)
+
+
 def _decoded(node: Node, path: str, question: bytes) -> Any:
     try:
         return cbor.decode(node.query(path, question), path, _MAX_ANSWER_BYTES)
@@ -574,7 +600,7 @@ def _holdings(node: Node, party: str) -> HoldingsPage | None:
         cursor: bytes | None = None
         while True:
             match _decoded(node, "/holdings", cbor.encode([party, cursor])):
-                case [int(height), list(page), (bytes() | None) as cursor]:
+                case [int(height), list(page), (bytes() | None) as cursor] if all(type(raw) is bytes for raw in page):
                     pass
                 case _:
                     raise NodeError(node.url, "its answer to /holdings is none")

@@ -5,7 +5,6 @@ Source: https://docs.cometbft.com/v0.38/rpc/
 """
 
 import base64
-import binascii
 import http.client
 import json
 from collections.abc import Mapping
@@ -77,7 +76,7 @@ class HttpNode:
             if response.get("code", 0) != 0:
                 raise QueryRefused(self.url, f"it refuses the query {path}: {response.get('log')}")
             return base64.b64decode(response.get("value") or "", validate=True)
-        except (KeyError, TypeError, AttributeError, binascii.Error) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise NodeError(self.url, f"its answer to {path} is none of CometBFT's ({error!r})") from error
 
     def submit(self, raw_batch: bytes) -> Checked:
@@ -89,7 +88,7 @@ class HttpNode:
             raise NodeBusy(self.url, said.reason) from said
         try:
             return Checked(int(result["code"]), str(result["log"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise NodeError(self.url, f"its answer to a batch is none of CometBFT's ({error!r})") from error
 
     def call(self, method: str, parameters: dict[str, str]) -> str:
@@ -111,7 +110,7 @@ class HttpNode:
         except (OSError, http.client.HTTPException) as failure:
             self._connection.close()
             raise NodeError(self.url, f"no answer ({reason_of(failure)})") from failure
-        except (ValueError, KeyError, TypeError, AttributeError) as failure:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as failure:
             self._connection.close()
             raise NodeError(self.url, f"its answer is no JSON-RPC ({failure!r})") from failure
 

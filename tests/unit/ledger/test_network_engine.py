@@ -22,6 +22,7 @@ from broker.ledger.client import (
     LedgerClient,
     LedgerFault,
     MadeKnown,
+    NotProven,
 )
 from broker.ledger.cometbft import queries
 from broker.ledger.cometbft.engine import CometbftLedger
@@ -346,6 +347,49 @@ def test_an_answer_from_behind_is_a_contradiction_only_where_one_node_has_it_all
     client.on_message("result", envelope.seal(page, world.key("v1"), world.LEDGER, "v1"))
     assert [type(event) for event in client.events()] == ([LedgerFault] if stops else [])
     assert len(client.tick(10.0)) == (0 if stops else 2)
+
+
+def test_a_node_that_is_behind_does_not_say_that_there_is_no_proof() -> None:
+    client = LedgerClient(
+        world.GENESIS, "b1", world.key("b1"), world.counting_bytes(), load_holdings=False, resume=(5, b"i" * 32)
+    )
+    request_id = client.prove_operation(9)
+    client.tick(0.0)
+    for height in (4, 5):
+        page = Page(request_id, QueryKind.OPERATION, height, ())
+        client.on_message("result", world.seal(page, "node"))
+        assert client.events() == ([NotProven(request_id, answered=True)] if height == 5 else [])
+
+
+@pytest.mark.parametrize("known", ["long ago", "a moment ago"])
+def test_a_revoked_key_gets_no_more_answers(network: FakeNetwork, known: str) -> None:
+    """The gateway knew whose it was, or its worker has just asked."""
+    host = Turns(network, gateway_as="v1")
+    for raw in (B1, B2):
+        network.nodes[0].submit(raw)
+    network.make_block()
+
+    def ask(number: int) -> None:
+        query = Query(bytes((number,)) * 8, QueryKind.BLOCKS, None, 1)
+        host.gateway.on_message(envelope.seal(query, world.key("b2"), world.LEDGER, "b2"))
+
+    def answered() -> bool:
+        answers = []
+        for _ in range(4):
+            answers += host.gateway.commit()
+            host.engine.work_once(host.now_s)
+        return any(outgoing.topic.endswith("/result/b2") for outgoing in answers)
+
+    host.engine.work_once(host.now_s)
+    if known == "long ago":
+        ask(1)
+        assert answered()
+    ask(2)
+    host.engine.work_once(host.now_s)
+    network.nodes[0].submit(world.batch(world.revoke("b2")))
+    network.make_block()
+    host.engine.work_once(host.now_s)
+    assert not answered()
 
 
 def test_no_more_than_so_many_questions_wait(network: FakeNetwork, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -308,6 +308,38 @@ def test_holdings_come_whole_and_of_one_height(network: FakeNetwork, monkeypatch
     assert (answer.height, len(answer.entries), answer.next_cursor) == (2, 5, None)
 
 
+def test_a_page_of_holdings_that_are_no_bytes_is_passed_over(network: FakeNetwork) -> None:
+    desk = Desk(network, 0, 1)
+    network.nodes[0].forged["/holdings"] = cbor.encode([0, [b"x", 2], None])
+    assert desk.turn(ask=(HoldingsOf("b1"),)).answers[HoldingsOf("b1")] == HoldingsPage(0, (), None)
+
+
+def test_the_checkpoint_of_the_last_block_is_asked_for_until_it_is_known(network: FakeNetwork) -> None:
+    """Also of the one that it begins with, by which clients learn what they have missed."""
+    Desk(network, 0).turn(B1)
+    network.make_block()
+    checkpoint = network.nodes[0].query("/checkpoint", b"")
+    late = Desk(network, 0)
+    network.nodes[0].forged["/checkpoint"] = b"?"
+    assert late.turn().checkpoint is None
+    del network.nodes[0].forged["/checkpoint"]
+    assert late.turn(after_s=max(following.BACK_OFF_S)).checkpoint == checkpoint
+    assert not late.turn()
+
+
+def test_a_node_that_stays_behind_is_told_once(network: FakeNetwork, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    desk = Desk(network, 0, known_height=1)
+    for _ in range(200):
+        desk.turn(after_s=following.BEHIND_S)
+    (warning,) = caplog.records
+    assert "is behind: it has block 0, but 1 was seen before for 30 s" in warning.message
+    Desk(network, 0).turn(B1)
+    network.make_block()
+    desk.turn(after_s=following.BEHIND_S)
+    assert caplog.messages[1:] == ["ledger node http://v1 answers again"]
+
+
 def test_no_more_than_so_many_batches_and_bytes_wait(network: FakeNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(following, "MAX_QUEUED_BATCHES", 3)
     network.nodes[0].down = True

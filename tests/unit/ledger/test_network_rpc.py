@@ -104,7 +104,11 @@ def test_a_query_that_the_application_refuses(server: Server, node: HttpNode) ->
         {"result": None},
         {"result": {"response": None}},
         {"result": {"response": {"value": 1}}},
+        {"result": {"response": {"value": "é"}, "code": "é"}},
+        b'{"result": {"code": Infinity, "log": ""}}',
+        b"[" * 200_000,
     ],
+    ids=lambda answer: str(answer)[:40],
 )
 def test_what_is_no_answer_of_a_node(server: Server, node: HttpNode, answer: Any) -> None:
     server.answer = answer
