@@ -112,7 +112,8 @@ class MarketSection:
     what the broker itself paid, for its consumers and for its neighbours. `passes_on`: what a neighbour orders and is
     not here is ordered from others for it. `own_groups_first`: own lines of groups are filled before neighbours are
     served; otherwise neighbours' lines of single sources come before them. `keeps_for_windows`: neighbours do not get
-    what own consumers with a longer window are expected to want later in the day.
+    what own consumers with a longer window are expected to want later in the day. `arranges_ahead`: say a day ahead
+    what is wished of neighbours and promised to them, and serve first what was promised.
     """
 
     highest_price: Annotated[int, Between(0, MAX_PRICE)] = 1_000_000
@@ -121,6 +122,7 @@ class MarketSection:
     passes_on: bool = True
     own_groups_first: bool = False
     keeps_for_windows: bool = False
+    arranges_ahead: bool = False
 
 
 UNMATCHED_LABEL: Final = "unmatched"

@@ -1,8 +1,8 @@
-"""`energy-broker forecast`: what this broker expects of the next day, and what its neighbours say that they expect."""
+"""`energy-broker forecast`: what this broker and its neighbours expect of the next day, and what they arranged."""
 
 import argparse
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from broker.commands.common import DONE, add_command, add_config_option, print_row
 from broker.config import load_broker_config, load_genesis
@@ -10,17 +10,24 @@ from broker.market.forecast import Expectation, divide
 from broker.protocol.messages import Forecast, Genesis
 from broker.protocol.sources import Source
 
+if TYPE_CHECKING:
+    from broker.service.arrangements import ArrangedWish
+
 
 def add_commands(commands: Any) -> None:
     """The command `forecast`."""
     forecast = add_command(
-        commands, "forecast", "What this broker and its neighbours expect of the next day (UTC).", _forecast
+        commands,
+        "forecast",
+        "What this broker and its neighbours expect of the next day (UTC) and arranged.",
+        _forecast,
     )
     add_config_option(forecast)
     forecast.add_argument("--json", action="store_true", help="one JSON object a line")
 
 
 def _forecast(options: argparse.Namespace) -> int:
+    from broker.service.arrangements import arranged_for
     from broker.service.foresight import heard_forecasts, stored_expectations
     from broker.service.store import BrokerStore
 
@@ -30,16 +37,30 @@ def _forecast(options: argparse.Namespace) -> int:
     try:
         expectations = stored_expectations(store, genesis.interval_s)
         heard = heard_forecasts(store)
+        arranged = arranged_for(store, config.broker.name, expectations[-1].day_start_s) if expectations else []
     finally:
         store.close()
     rows = list(_own_rows(expectations[-1], config.broker.name)) if expectations else []
     for forecast in heard:
         rows += _rows_of(forecast, genesis)
+    rows += [_row_of(one, genesis) for one in arranged]
     for row in rows:
         print_row(row, as_json=options.json)
     if not rows and not options.json:
         print("nothing is forecast yet: it takes a recorded value of each time of day, and the next noon (UTC)")
     return DONE
+
+
+def _row_of(arranged: "ArrangedWish", genesis: Genesis) -> dict[str, Any]:
+    """What this broker wishes of a neighbour or a neighbour of it, and how much of that is promised."""
+    return {
+        "supplier": arranged.supplier,
+        "requester": arranged.requester,
+        "start_s": arranged.day_start_s + arranged.interval * genesis.interval_s,
+        "target": arranged.source.label,
+        "wished_wh": arranged.wished_wh,
+        "promised_wh": arranged.promised_wh,
+    }
 
 
 def _own_rows(expectation: Expectation, broker: str) -> Iterator[dict[str, Any]]:

@@ -273,19 +273,21 @@ def plan_orders(
     trust_ppm: Mapping[str, int] | None = None,
     through: Sequence[NeighbourOffer] = (),
     expected_wh: Mapping[tuple[str, Source], int] | None = None,
+    promised_wh: Mapping[tuple[str, Source], int] | None = None,
 ) -> tuple[PlannedOrder, ...]:
     """Whom to ask for what is short, by neighbour name and source. Every short Wh is asked of one neighbour only.
 
     `shortages` and `group_shortage_wh` are a clearing's, less what is still coming. `asked` are the (neighbour, source)
     who gave less than was asked of them for this interval and are not asked again. Single sources come first. Each
     shortage goes to the cheapest of `offers` first, then the next, as far as each goes; of two at one price to the one
-    from which more can be expected: what it announced times `trust_ppm`, the part of earlier orders that it gave (all,
-    if not known). Then come the offers `through` neighbours, of what they could pass on from others, in the same way.
-    What nothing of that covers goes to one who announced the source, else to who the day before expected to have most
-    of it left (`expected_wh`), else to who is trusted most: announcements are coarse, and none at all is no refusal. A
-    group takes whichever source is announced cheapest; without any announcement one source is asked for, and the next
-    one in the next round. Offers above `highest_price` (µ-currency per kWh by source; a source that it lacks is not
-    asked for) are left alone.
+    that promised it the day before, as far as that goes (`promised_wh`, less what has come), then to the one from which
+    more can be expected: what it announced times `trust_ppm`, the part of earlier orders that it gave (all, if not
+    known). Then come the offers `through` neighbours, of what they could pass on from others, in the same way.
+    What nothing of that covers goes to one who announced the source, else to who promised most of it, else to who the
+    day before expected to have most of it left (`expected_wh`), else to who is trusted most: announcements are coarse,
+    and none at all is no refusal. A group takes whichever source is announced cheapest; without any announcement one
+    source is asked for, and the next one in the next round. Offers above `highest_price` (µ-currency per kWh by source;
+    a source that it lacks is not asked for) are left alone.
     """
     trust = {neighbour: (trust_ppm or {}).get(neighbour, 1_000_000) for neighbour in neighbours}
     tiers = [
@@ -293,6 +295,7 @@ def plan_orders(
         for tier in (offers, through)
     ]
     direct = tiers[0]
+    promised = dict(promised_wh or {})
     # Also what is used up was announced coarsely.
     heard_of = {candidate for tier in tiers for candidate in tier}
     planned_wh: dict[tuple[str, Source], int] = {}
@@ -313,10 +316,15 @@ def plan_orders(
                 left = tier.get(candidate)
                 if left is not None and left.energy_wh and left.price <= highest_price[candidate[1]]:
                     expected = left.energy_wh * trust[candidate[0]]
-                    ranked.append((left.price, -expected, candidate[1], candidate[0]))
-            for _, _, source, neighbour in sorted(ranked):
+                    ranked.append((left.price, 1, -expected, candidate[1], candidate[0]))
+                    if tier is direct and promised.get(candidate):
+                        ranked.append((left.price, 0, -expected, candidate[1], candidate[0]))
+            for _, unpromised, _, source, neighbour in sorted(ranked):
                 left = tier[neighbour, source]
                 part_wh = min(short_wh, left.energy_wh)
+                if not unpromised:
+                    part_wh = min(part_wh, promised[neighbour, source])
+                    promised[neighbour, source] -= part_wh
                 if part_wh:
                     left.energy_wh -= part_wh
                     short_wh -= part_wh
@@ -324,6 +332,7 @@ def plan_orders(
         silent = [
             (
                 (neighbour, source) not in heard_of,
+                -promised.get((neighbour, source), 0),
                 -(expected_wh or {}).get((neighbour, source), 0),
                 -trust[neighbour],
                 -covered_wh.get((neighbour, source), 0),
@@ -356,13 +365,14 @@ class _Left:
 
 @dataclass(frozen=True, slots=True)
 class OpenOrder:
-    """A neighbour's order that waits to be apportioned."""
+    """A neighbour's order that waits to be apportioned. `passes_on`: it is for what somebody else ordered of it."""
 
     order_id: bytes
     requester: str
     source: Source
     energy_wh: int
     highest_price: int
+    passes_on: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,8 +388,16 @@ class Grant:
         return sum([energy_wh for _, energy_wh in self.parts])
 
 
-def grants(orders: Sequence[OpenOrder], offered: Mapping[Source, Mapping[int, int]]) -> tuple[Grant, ...]:
+def grants(
+    orders: Sequence[OpenOrder],
+    offered: Mapping[Source, Mapping[int, int]],
+    promised_wh: Mapping[tuple[str, Source], int] | None = None,
+) -> tuple[Grant, ...]:
     """Share out what is left after own clearing, in proportion to the orders; one grant per order, in their order.
+
+    What was promised to a requester the day before (`promised_wh`, less what it has been given) comes first: up to
+    that, its orders are served before all of them share the rest. It is for the requester's own consumers, not for
+    orders that pass others on. If there is less than was promised, that is shared in proportion to the promises.
 
     `offered` has Wh by source and asked price (µ-currency per kWh); no order gets any above its highest price. How much
     each gets is decided from the dearest Wh down, since fewest take those: so none is left that somebody would take.
@@ -391,18 +409,30 @@ def grants(orders: Sequence[OpenOrder], offered: Mapping[Source, Mapping[int, in
         of_source = sorted([order for order in orders if order.source is source], key=_tie_key)
         if of_source:
             wh_at = {price: energy_wh for price, energy_wh in sorted(offered.get(source, {}).items()) if energy_wh}
-            granted.update(_grants_of_source(source, of_source, wh_at))
+            granted.update(_grants_of_source(source, of_source, wh_at, promised_wh or {}))
     return tuple([granted[order.order_id] for order in orders])
 
 
-def _grants_of_source(source: Source, orders: Sequence[OpenOrder], wh_at: Mapping[int, int]) -> dict[bytes, Grant]:
+def _grants_of_source(
+    source: Source,
+    orders: Sequence[OpenOrder],
+    wh_at: Mapping[int, int],
+    promised_wh: Mapping[tuple[str, Source], int],
+) -> dict[bytes, Grant]:
     """`wh_at` is by price, cheapest first."""
     amounts_wh = dict.fromkeys([order.order_id for order in orders], 0)
-    for price in reversed(wh_at):
-        takers = [order for order in orders if order.highest_price >= price]
-        wanted_wh = [order.energy_wh - amounts_wh[order.order_id] for order in takers]
-        for order, share_wh in zip(takers, apportion(min(wh_at[price], sum(wanted_wh)), wanted_wh), strict=True):
-            amounts_wh[order.order_id] += share_wh
+    left_wh = dict(wh_at)
+    for wants_wh in (
+        _promised_parts(source, orders, promised_wh),
+        {order.order_id: order.energy_wh for order in orders},
+    ):
+        for price in reversed(wh_at):
+            takers = [order for order in orders if order.highest_price >= price]
+            wanted_wh = [wants_wh[order.order_id] - amounts_wh[order.order_id] for order in takers]
+            shares_wh = apportion(min(left_wh[price], sum(wanted_wh)), wanted_wh)
+            left_wh[price] -= sum(shares_wh)
+            for order, share_wh in zip(takers, shares_wh, strict=True):
+                amounts_wh[order.order_id] += share_wh
     left_wh = dict(wh_at)
     parts: dict[bytes, list[tuple[int, int]]] = {order_id: [] for order_id in amounts_wh}
     missing_wh = dict(amounts_wh)
@@ -425,6 +455,20 @@ def _grants_of_source(source: Source, orders: Sequence[OpenOrder], wh_at: Mappin
         )
         for order in orders
     }
+
+
+def _promised_parts(
+    source: Source, orders: Sequence[OpenOrder], promised_wh: Mapping[tuple[str, Source], int]
+) -> dict[bytes, int]:
+    """How much of each order comes before all share; of several of one requester, in proportion to them."""
+    parts_wh = dict.fromkeys([order.order_id for order in orders], 0)
+    for requester in sorted({order.requester for order in orders}):
+        own = [order for order in orders if order.requester == requester and not order.passes_on]
+        energies_wh = [order.energy_wh for order in own]
+        firm_wh = min(promised_wh.get((requester, source), 0), sum(energies_wh))
+        for order, part_wh in zip(own, apportion(firm_wh, energies_wh), strict=True):
+            parts_wh[order.order_id] = part_wh
+    return parts_wh
 
 
 def _reason_of_none(source: Source, order: OpenOrder, orders: Sequence[OpenOrder], wh_at: Mapping[int, int]) -> str:

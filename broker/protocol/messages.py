@@ -84,6 +84,8 @@ class MessageType(IntEnum):
     HINT = 28
     CERTIFICATE_REQUEST = 29
     CERTIFICATE_PART = 30
+    WISHES = 31
+    PROMISES = 32
 
 
 class Quality(IntEnum):
@@ -562,6 +564,77 @@ class Forecast(Message):
     )
 
 
+MAX_ARRANGED_NEIGHBOURS: Final = 256
+MAX_ARRANGED_ROWS: Final = 3_072
+"""Amounts in one message of wishes or promises: 13 bytes each at most, with 256 names of 63 characters 58 kB. All
+eleven sources in all 96 quarters of an hour are 1 056 places, so each can be split over nearly three neighbours."""
+
+
+@dataclass(frozen=True, slots=True)
+class DayAmount:
+    """Wh of one source in the interval with that index of a day."""
+
+    source: Source
+    interval: int
+    energy_wh: int
+
+
+@dataclass(frozen=True, slots=True)
+class NeighbourAmounts:
+    """What is wished of, or promised to, one neighbour."""
+
+    neighbour: str
+    amounts: tuple[DayAmount, ...]
+
+
+_DAY_AMOUNT: Final = Row((Choice(Source), Unsigned(MAX_INTERVALS_OF_DAY - 1), Unsigned(minimum=1)), DayAmount)
+_ARRANGED: Final = Many(
+    Row((Name(), Many(_DAY_AMOUNT, len(Source) * MAX_INTERVALS_OF_DAY)), NeighbourAmounts), MAX_ARRANGED_NEIGHBOURS
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes(Message):
+    """What a broker would like to have of each neighbour on the UTC day `[start_s, end_s)`; retained.
+
+    Made from the forecasts of that day. Nothing is ordered by it; a neighbour may answer with `Promises`.
+    """
+
+    broker: str
+    start_s: int
+    end_s: int
+    wishes: tuple[NeighbourAmounts, ...]
+
+    TYPE: ClassVar[MessageType] = MessageType.WISHES
+    FIELDS: ClassVar[tuple[Field, ...]] = (
+        Field(0, "broker", Name()),
+        Field(1, "start_s", Unsigned()),
+        Field(2, "end_s", Unsigned()),
+        Field(3, "wishes", _ARRANGED),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Promises(Message):
+    """Up to how many Wh of the UTC day `[start_s, end_s)` each neighbour's orders come before others'; retained.
+
+    A promise of order and not of energy: there may be less by then.
+    """
+
+    broker: str
+    start_s: int
+    end_s: int
+    promises: tuple[NeighbourAmounts, ...]
+
+    TYPE: ClassVar[MessageType] = MessageType.PROMISES
+    FIELDS: ClassVar[tuple[Field, ...]] = (
+        Field(0, "broker", Name()),
+        Field(1, "start_s", Unsigned()),
+        Field(2, "end_s", Unsigned()),
+        Field(3, "promises", _ARRANGED),
+    )
+
+
 class SupplyLevel(IntEnum):
     """How much of a consumer's contract is expected to be filled in an interval, and whether there will be more."""
 
@@ -1028,5 +1101,7 @@ MESSAGE_CLASSES: Final[dict[MessageType, type[Message]]] = {
         Witness,
         Forecast,
         Hint,
+        Wishes,
+        Promises,
     )
 }

@@ -42,6 +42,14 @@ class Topics:
         """What `broker` expects of the next day."""
         return f"{self.root}/brokers/{broker}/forecast"
 
+    def wishes(self, broker: str) -> str:
+        """What `broker` would like to have of its neighbours on the next day."""
+        return f"{self.root}/brokers/{broker}/wishes"
+
+    def promises(self, broker: str) -> str:
+        """What `broker` promises its neighbours of the next day."""
+        return f"{self.root}/brokers/{broker}/promises"
+
     def ledger_submit(self, ledger: str) -> str:
         """Batches and queries to the ledger."""
         return f"{self.root}/ledger/{ledger}/submit"

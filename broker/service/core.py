@@ -62,6 +62,7 @@ from broker.protocol.messages import (
 )
 from broker.protocol.sources import Source
 from broker.protocol.topics import Topics
+from broker.service.arrangements import Arrangements
 from broker.service.batches import BatchDesk, in_batches
 from broker.service.corrections import DemandCorrections
 from broker.service.cycle import Cycle
@@ -121,14 +122,16 @@ class Broker:
         passes_on: bool,
         own_groups_first: bool,
         keeps_for_windows: bool,
+        arranges_ahead: bool,
         clock_waits: bool,
         jitter: Callable[[], int],
         recovers: bool = False,
     ) -> None:
         """`passes_on`: ask others for what neighbours want. `own_groups_first`: own lines of groups are served before
         neighbours are. `keeps_for_windows`: neighbours do not get what own consumers are expected to want later in the
-        day. `clock_waits`: market time stands still while this broker is not idle. `jitter` gives 0 to 255 at random.
-        `recovers`: the store may be older than the ledger, and what it has forgotten is taken back from there.
+        day. `arranges_ahead`: say wishes and promises for the next day, and heed those that were said. `clock_waits`:
+        market time stands still while this broker is not idle. `jitter` gives 0 to 255 at random. `recovers`: the store
+        may be older than the ledger, and what it has forgotten is taken back from there.
         """
         self.outputs = Outputs()
         self.questions: list[tuple[str, int]] = []
@@ -164,6 +167,10 @@ class Broker:
             own_groups_first=own_groups_first,
             will_want=self._foresight.wanted_of_now,
         )
+        policies = {name: one.policy for name, one in neighbours.items()}
+        self._arrangements = Arrangements(
+            identity, self._calendar, topics, store, self.outputs, policies, is_on=arranges_ahead
+        )
         self._neighbours = Neighbours(
             identity,
             self._calendar,
@@ -172,9 +179,10 @@ class Broker:
             self._stock,
             self._desk,
             self.outputs,
-            {name: one.policy for name, one in neighbours.items()},
+            policies,
             highest_price,
             tariff,
+            self._arrangements,
             passes_on=passes_on,
             is_own_device=lambda device: self._registry.device(device) is not None,
             owner_of=self._owners.of,
@@ -272,6 +280,9 @@ class Broker:
             filters.append((self._topics.cleared(signer.name), 1))
             filters.append((self._topics.stock(signer.name), 1))
             filters.append((self._topics.forecast(signer.name), 1))
+            if self._arrangements.is_on:
+                filters.append((self._topics.wishes(signer.name), 1))
+                filters.append((self._topics.promises(signer.name), 1))
         return filters
 
     # What comes in
@@ -363,10 +374,22 @@ class Broker:
                     self._refill = True
             case ("brokers", sender, "forecast"), messages.Forecast() if sender == peer:
                 self._neighbours.hear(peer, message)
+            case ("brokers", sender, "wishes"), messages.Wishes() if sender == peer:
+                self._hear_of_arrangement(peer, message)
+            case ("brokers", sender, "promises"), messages.Promises() if sender == peer:
+                self._hear_of_arrangement(peer, message)
             case _:
                 self.outputs.complain(
                     f"a {message.TYPE.name.lower()} of {peer} does not belong on {'/'.join(levels)}; it is ignored"
                 )
+
+    def _hear_of_arrangement(self, peer: str, message: messages.Wishes | messages.Promises) -> None:
+        current = self._cycle.current
+        if self.market_time_s is not None:
+            self._arrangements.hear(peer, message, self.market_time_s)
+        elif current is not None:
+            # What the server retained may come before the conductor's tick.
+            self._arrangements.hear(peer, message, current.start_s)
 
     # The ledger's word
 
@@ -686,6 +709,7 @@ class Broker:
             pass
         assert self._cycle.current is not None  # Market time is known, and with it the interval in work.
         self._foresight.advance(self._cycle.current)
+        self._arrangements.advance(self._cycle.current, self._foresight.told_of, self._neighbours.trust_of_candidates)
 
     def _due(self) -> bool:
         """True if a gate has been reached whose work is not done."""

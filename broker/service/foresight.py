@@ -140,10 +140,18 @@ class Foresight:
         self._store.set_expected(day_s, _stored_rows(expectation), forget_before_s=self._expectations[0].day_start_s)
         if self._has_neighbours:
             topic = self._topics.forecast(self._identity.name)
-            kept_wh = kept_of_day(expectation) if self._keeps_for_windows else ()
-            raw = self._identity.seal(forecast_of(expectation, self._identity.name, kept_wh))
+            raw = self._identity.seal(self._told(expectation))
             self._store.set_announcement(topic, raw)
             self._outputs.publish(topic, raw, retain=True)
+
+    def _told(self, expectation: Expectation) -> Forecast:
+        """What neighbours are told of a day."""
+        kept_wh = kept_of_day(expectation) if self._keeps_for_windows else ()
+        return forecast_of(expectation, self._identity.name, kept_wh)
+
+    def told_of(self, day_s: int) -> Forecast | None:
+        """What neighbours are told of the UTC day that begins then; None if it is not forecast."""
+        return next((self._told(each) for each in self._expectations if each.day_start_s == day_s), None)
 
     def wanted_of_now(self, interval: Interval) -> dict[Target, int]:
         """Wh by line target to keep for own consumers, who are expected to want it later that day.

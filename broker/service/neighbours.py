@@ -48,6 +48,7 @@ from broker.protocol.messages import (
 )
 from broker.protocol.sources import Source, SourceGroup
 from broker.protocol.topics import Topics
+from broker.service.arrangements import Arrangements
 from broker.service.batches import BatchDesk
 from broker.service.orders_in import OrdersIn, PartnerPolicy, can_be_passed_on, transfer_row
 from broker.service.orders_out import OrdersOut, Parent
@@ -89,6 +90,7 @@ class Neighbours:
         policies: Mapping[str, PartnerPolicy],
         highest_price: int,
         tariff: Tariff,
+        arrangements: Arrangements,
         *,
         passes_on: bool,
         is_own_device: Callable[[str], bool],
@@ -111,10 +113,14 @@ class Neighbours:
         self._names = tuple(sorted(policies))
         self._highest_price = highest_price
         self._tariff = tariff
+        self._arrangements = arrangements
         self._passes_on = passes_on
         self._owner_of = owner_of
         self._out = OrdersOut(identity, calendar, topics, store, desk, outputs, jitter)
-        self._in = OrdersIn(identity, calendar, topics, store, stock, desk, outputs, policies, tariff, is_own_device)
+        self._in = OrdersIn(
+            *(identity, calendar, topics, store, stock, desk, outputs, policies, tariff, is_own_device),
+            arrangements.to,
+        )
         self._own: tuple[int, Heard | None] | None = None
         """Start of an interval, and this broker's newest announcement about it."""
         self._renewed: set[tuple[str, Source]] = set()
@@ -379,7 +385,8 @@ class Neighbours:
         for key in [(name, source) for name in speaking for source in Source]:
             if key not in offers or not offers[key].energy_wh:
                 exhausted.add(key)
-        board = _Board(offers, [], exhausted, self._expected(interval.start_s))
+        expected, promised = self._expected(interval.start_s), self._promised_left(interval.start_s)
+        board = _Board(offers, [], exhausted, expected, promised)
         planned = self._plan_own(interval, clearing, [], board, with_groups=True)
         for plan in planned:
             self._out.send(*_named(plan), interval, None, now_s)
@@ -401,7 +408,8 @@ class Neighbours:
             key = (offer.neighbour, offer.source)
             if offer.energy_wh and (key not in newest or newest[key].seen_wh):
                 exhausted.discard(key)
-        return _Board(self._offers(start_s), through, exhausted, self._expected(start_s))
+        expected, promised = self._expected(start_s), self._promised_left(start_s)
+        return _Board(self._offers(start_s), through, exhausted, expected, promised)
 
     def _offers_through(self, start_s: int) -> list[NeighbourOffer]:
         """What neighbours say that they could pass on, less what came from others.
@@ -437,7 +445,8 @@ class Neighbours:
             for board, part_wh in zip(shared, parts_wh, strict=True):
                 board[neighbour, source] = replace(offer, energy_wh=part_wh)
         expected = self._expected(start_s)
-        return [_Board(board, [], exhausted, expected) for board in shared]
+        # What was promised is for own consumers.
+        return [_Board(board, [], exhausted, expected, {}) for board in shared]
 
     def _expected(self, start_s: int) -> dict[tuple[str, Source], int]:
         """Wh that neighbours forecast, the day before, to have left of the interval; where that is anything."""
@@ -450,6 +459,16 @@ class Neighbours:
                 if energy_wh:
                     expected[neighbour, source] = energy_wh
         return expected
+
+    def _promised_left(self, start_s: int) -> dict[tuple[str, Source], int]:
+        """What neighbours promised of an interval the day before, less what came of orders for own consumers."""
+        left_wh = self._arrangements.by(start_s)
+        if left_wh:
+            for row in self._store.orders_out(start_s):
+                key = row.neighbour, Source(row.source)
+                if key in left_wh and row.parent is None:
+                    left_wh[key] = max(0, left_wh[key] - row.seen_wh)
+        return left_wh
 
     def _announced(self, start_s: int) -> list[NeighbourOffer]:
         """What neighbours announced of an interval."""
@@ -506,6 +525,11 @@ class Neighbours:
 
     def _trust_ppm(self, start_s: int) -> dict[str, int]:
         return {name: self._out.record(name, start_s).trust_ppm for name in self._names}
+
+    def trust_of_candidates(self, start_s: int) -> dict[str, int]:
+        """How far those neighbours are trusted that may be asked as of an interval, in ppm."""
+        trust_ppm = self._trust_ppm(start_s)
+        return {name: trust_ppm[name] for name in self._candidates(start_s)}
 
     def _highest_prices(self, clearing: Clearing) -> dict[Source, int]:
         """The most that is paid for each source: what those who lack it would pay, within the broker's own limit."""
@@ -734,7 +758,7 @@ class Neighbours:
 
 
 class _Board:
-    """What a plan draws from: what neighbours offer, have through others and forecast, and who has nothing."""
+    """What a plan draws from: what neighbours offer, have through others, forecast and promised, and who is out."""
 
     def __init__(
         self,
@@ -742,11 +766,13 @@ class _Board:
         through: Sequence[NeighbourOffer],
         exhausted: set[tuple[str, Source]],
         expected_wh: dict[tuple[str, Source], int],
+        promised_wh: dict[tuple[str, Source], int],
     ) -> None:
         self.offers = offers
         self.through = through
         self.exhausted = exhausted
         self.expected_wh = expected_wh
+        self.promised_wh = promised_wh
 
     def plan(
         self,
@@ -759,7 +785,8 @@ class _Board:
         """Whom to ask, as `plan_orders` says."""
         offers = tuple(self.offers.values())
         return plan_orders(
-            shortages, groups, candidates, offers, prices, self.exhausted, trust_ppm, self.through, self.expected_wh
+            *(shortages, groups, candidates, offers, prices, self.exhausted, trust_ppm, self.through),
+            *(self.expected_wh, self.promised_wh),
         )
 
 

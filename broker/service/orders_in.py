@@ -69,8 +69,12 @@ class OrdersIn:
         policies: Mapping[str, PartnerPolicy],
         tariff: Tariff,
         is_own_device: Callable[[str], bool],
+        promised_to: Callable[[int], dict[tuple[str, Source], int]],
     ) -> None:
-        """`is_own_device`: whether a device's energy comes to this broker from its provider."""
+        """`is_own_device`: whether a device's energy comes to this broker from its provider.
+
+        `promised_to`: by (requester, source), the Wh of the interval with that start that were promised a day ahead.
+        """
         self._identity = identity
         self._calendar = calendar
         self._topics = topics
@@ -81,6 +85,7 @@ class OrdersIn:
         self._policies = policies
         self._tariff = tariff
         self._is_own_device = is_own_device
+        self._promised_to = promised_to
         # What is under way, so that a turn without any neighbour's business costs no query.
         self._received = {_key(row) for row in self._in_state(SupplierState.RECEIVED)}
         self._passed_on = {_key(row) for row in self._in_state(SupplierState.PASSED_ON)}
@@ -176,10 +181,11 @@ class OrdersIn:
         interval = Interval(start_s, start_s + self._calendar.interval_s)
         shelves = self._shelves(interval, with_bought=with_bought)
         orders = [
-            OpenOrder(row.order_id, row.requester, Source(row.source), wish_wh, row.highest_price)
+            OpenOrder(row.order_id, row.requester, Source(row.source), wish_wh, row.highest_price, _passes_on(row))
             for row, wish_wh in zip(rows, self._wishes(rows), strict=True)
         ]
-        for row, grant in zip(rows, grants(orders, shelves.offered_wh), strict=True):
+        granted = grants(orders, shelves.offered_wh, self._promised_left(start_s))
+        for row, grant in zip(rows, granted, strict=True):
             self._carry_out(row, grant, shelves, interval, pass_on=can_pass_on(row))
 
     def _wishes(self, rows: Sequence[OrderInRow]) -> list[int]:
@@ -193,6 +199,16 @@ class OrdersIn:
             wishes.append(min(row.energy_wh, max(0, left_wh[row.requester])))
             left_wh[row.requester] -= wishes[-1]
         return wishes
+
+    def _promised_left(self, start_s: int) -> dict[tuple[str, Source], int]:
+        """What was promised of an interval the day before and has not been given yet."""
+        left_wh = self._promised_to(start_s)
+        if left_wh:
+            for row in self._store.orders_in(start_s):
+                key = row.requester, Source(row.source)
+                if key in left_wh and not _passes_on(row):
+                    left_wh[key] = max(0, left_wh[key] - row.granted_wh)
+        return left_wh
 
     def _shelves(self, interval: Interval, *, with_bought: bool) -> _Shelves:
         """What can be sold: nothing that a provider keeps for consumers of this broker. Takes nothing.
@@ -338,6 +354,14 @@ class OrdersIn:
         raw = self._identity.seal(answer)
         self._outputs.publish(self._topics.response(peer, self._identity.name), raw)
         return raw
+
+
+def _passes_on(row: OrderInRow) -> bool:
+    """True if the requester orders for another broker. What was promised to it is for its own consumers.
+
+    What it has been given for them is known when its next order for them comes; this can change in between.
+    """
+    return row.path_length > 2
 
 
 def can_be_passed_on(row: OrderInRow) -> bool:

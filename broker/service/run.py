@@ -166,6 +166,7 @@ class BrokerService:
             passes_on=config.market.passes_on,
             own_groups_first=config.market.own_groups_first,
             keeps_for_windows=config.market.keeps_for_windows,
+            arranges_ahead=config.market.arranges_ahead,
             clock_waits=clock_waits or self._simulated,
             jitter=lambda: random_bytes(1)[0],
             recovers=recovers,

@@ -251,6 +251,8 @@ def test_asyncapi_describes_exactly_the_topics_of_the_topic_builder() -> None:
         topics.broker_status("{broker}"),
         topics.stock("{broker}"),
         topics.forecast("{broker}"),
+        topics.wishes("{broker}"),
+        topics.promises("{broker}"),
         topics.ledger_submit("{ledger}"),
         topics.ledger_result("{ledger}", "{client}"),
         topics.ledger_feed("{ledger}"),

@@ -44,6 +44,7 @@ def broker(store: BrokerStore) -> Broker:
         passes_on=True,
         own_groups_first=False,
         keeps_for_windows=False,
+        arranges_ahead=False,
         clock_waits=False,
         jitter=lambda: 0,
     )
