@@ -214,6 +214,12 @@ def test_codec_and_cddl_agree_on_admitted_devices_and_mutated_ones(data: st.Data
     assert follows("admitted", raw) is accepted
 
 
+@pytest.mark.parametrize("message_class", MESSAGE_CLASSES.values(), ids=rule_of)
+def test_the_protected_header_of_every_message_type_follows_the_cddl(message_class: type[Any]) -> None:
+    header = {1: -19, 4: bytes(16), 16: 65_000 + message_class.TYPE}
+    assert follows("protected-header", cbor2.dumps(header))
+
+
 def test_asyncapi_names_every_message_once_with_its_type_rule_and_limit() -> None:
     described = asyncapi()["components"]["messages"]
     on_topics = {name for channel in asyncapi()["channels"].values() for name in channel["messages"]}
