@@ -195,6 +195,19 @@ def test_who_is_not_served_is_promised_nothing(folder: Path) -> None:
     assert day.wind_wh == [(400, 0)] * ON_THE_DAY
 
 
+@pytest.mark.parametrize(("arrange", "supplier"), [(frozenset(), "south"), (frozenset(("east", "west")), "east")])
+def test_at_one_price_who_promised_is_asked_first(arrange: frozenset[str], supplier: str, folder: Path) -> None:
+    """South, which nothing was expected of, has more wind on the day than east, and at east's price."""
+    windfall = DevicePlan("gust", "pia", "south", Source.WIND, (*(0,) * BEFORE, *(5_000,) * ON_THE_DAY))
+    plan = replace(PLAN, consumers=PLAN.consumers[:1], devices=(*PLAN.devices, windfall))
+    day = day_of(folder, plan, arrange=arrange)
+    audit.check(day.world, day.books)
+    store = BrokerStore(day.world.brokers["west"].config.database)
+    asked = [(row.neighbour, row.energy_wh) for row in store.all_orders_out()]
+    store.close()
+    assert asked == [(supplier, 600)] * ON_THE_DAY
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_brokers_that_are_killed_and_cut_off_arrange_the_same(seed: int, folder: Path) -> None:
     some = frozenset(("east", "west"))

@@ -13,7 +13,18 @@ import pytest
 from broker import cli
 from broker.config import load_broker_config
 from broker.market.forecast import HistoryKind
-from broker.protocol.messages import Forecast, Genesis, MessageType, SourceOffer, SourceOutlook, Stock
+from broker.protocol.messages import (
+    DayAmount,
+    Forecast,
+    Genesis,
+    MessageType,
+    NeighbourAmounts,
+    Promises,
+    SourceOffer,
+    SourceOutlook,
+    Stock,
+    Wishes,
+)
 from broker.protocol.sources import Source, SourceGroup
 from broker.service.store import SCHEMA_VERSION, BatchKind, BatchRow, BrokerStore, OrderInRow, OrderOutRow, WorkState
 
@@ -350,6 +361,34 @@ def test_the_forecasts_of_this_broker_and_its_neighbours_are_shown(desk: Desk) -
         ("west", 0, "groups"): (None, None, 300, 0),
     }
     assert desk.done(*words).count("\n") == len(rows)
+
+
+def test_what_is_arranged_of_the_next_day_is_shown_both_ways(desk: Desk) -> None:
+    day_s = 20_000 * 86_400
+    store = desk.store()
+    store.begin()
+    store.set_expected(day_s, [(int(HistoryKind.GENERATED), int(Source.WIND), (700,) * 48)], forget_before_s=day_s)
+    of_east, of_west = (
+        (NeighbourAmounts(name, (DayAmount(source, 2, energy_wh),)),)
+        for name, source, energy_wh in (("east", Source.WIND, 600), ("west", Source.SOLAR, 300))
+    )
+    for day in (day_s - 86_400, day_s):
+        for broker, wished in (("east", of_west), ("west", of_east)):
+            said = Wishes(broker, day, day + 86_400, wished)
+            store.set_heard(day, MessageType.WISHES, broker, said.to_payload())
+    promised = (NeighbourAmounts("west", (DayAmount(Source.WIND, 2, 500),)),)
+    answer = Promises("east", day_s, day_s + 86_400, promised)
+    store.set_heard(day_s, MessageType.PROMISES, "east", answer.to_payload())
+    store.commit()
+    store.close()
+    words = ["forecast", "--config", desk.config]
+    rows = [json.loads(row) for row in desk.done(*words, "--json").splitlines()]
+    keys = ("supplier", "requester", "start_s", "target", "wished_wh", "promised_wh")
+    assert [tuple(row[key] for key in keys) for row in rows if "supplier" in row] == [
+        ("east", "west", day_s + 3_600, "wind", 600, 500),
+        ("west", "east", day_s + 3_600, "solar", 300, None),
+    ]
+    assert f"supplier=west  requester=east  start_s={day_s + 3_600}  target=solar  wished_wh=300\n" in desk.done(*words)
 
 
 def test_a_contract_changes_from_a_coming_time_on(desk: Desk) -> None:
