@@ -418,8 +418,11 @@ class Broker:
             case DeviceUnknown():
                 if event.answered:
                     self._owners.answered(event.device, None)
-                else:
-                    self._owners.unanswered(event.device)
+                elif self._owners.unanswered(event.device):
+                    self.outputs.complain(
+                        f"the ledger does not say whose {event.device} is: its node is away, or of an earlier version."
+                        " Consumers who exclude a provider get nothing of such devices meanwhile"
+                    )
             case BlockApplied():
                 pass
             case LedgerFault():

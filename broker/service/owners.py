@@ -81,9 +81,11 @@ class Owners:
         self._nobodys.add(device)
         return False
 
-    def unanswered(self, device: str) -> None:
-        """Nobody has answered in time."""
-        if device in self._asked:
-            self._asked.discard(device)
-            self._waiting[device] = None
-            self._silent = True
+    def unanswered(self, device: str) -> bool:
+        """Nobody has answered in time. True if that is the first time since an answer came."""
+        if device not in self._asked:
+            return False
+        self._asked.discard(device)
+        self._waiting[device] = None
+        was_silent, self._silent = self._silent, True
+        return not was_silent

@@ -80,8 +80,8 @@ def test_of_a_device_that_the_ledger_does_not_have_nothing_is_waited_for(desk: D
 
 def test_a_ledger_that_does_not_answer_is_asked_about_one_device_in_an_interval(desk: Desk) -> None:
     desk.asks("roof", "mill")
-    desk.owners.unanswered("roof")
-    desk.owners.unanswered("mill")
+    assert desk.owners.unanswered("roof")
+    assert not desk.owners.unanswered("mill")
     assert not desk.owners.pending
     assert desk.asks("barn") == []
     desk.owners.next_interval()
