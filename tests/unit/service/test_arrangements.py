@@ -16,7 +16,9 @@ from broker.protocol.messages import (
     ORDER_ID_BYTES,
     Carrier,
     Forecast,
+    Genesis,
     MessageType,
+    NamedKey,
     Order,
     Promises,
     SourceOutlook,
@@ -26,9 +28,10 @@ from broker.protocol.sources import Source
 from broker.protocol.topics import Topics
 from broker.service.arrangements import ArrangedWish, Arrangements, arranged_for
 from broker.service.batches import BatchDesk
+from broker.service.core import Broker, Neighbour
 from broker.service.orders_in import OrdersIn, PartnerPolicy
 from broker.service.outputs import Identity, Outputs
-from broker.service.store import BrokerStore
+from broker.service.store import BrokerStore, IntervalState
 
 WIND, SOLAR = Source.WIND, Source.SOLAR
 INTERVAL_S = 3_600
@@ -204,6 +207,51 @@ def test_what_is_arranged_is_listed_with_what_came_of_each_wish(desk: Desk) -> N
         of_north._replace(promised_wh=0),
     ]
     assert arranged_for(desk.store, "east", DAY + DAY_S) == []
+
+
+def broker_east(store: BrokerStore, *, arranges_ahead: bool) -> Broker:
+    """The whole broker, with west for a neighbour, as it stands before it has learned market time."""
+    registrar, node = (NamedKey(name, key(name).public.cose_key) for name in ("registrar", "node"))
+    genesis = Genesis(LEDGER, INTERVAL_S, 300, 600, DAY_S, "EUR", ("home",), (registrar,), (node,), False)
+    return Broker(
+        *(IDENTITY, genesis, Topics(), store, {"west": Neighbour(key("west").public, PartnerPolicy())}, 10, Tariff()),
+        passes_on=True,
+        own_groups_first=False,
+        keeps_for_windows=False,
+        arranges_ahead=arranges_ahead,
+        clock_waits=True,
+        jitter=lambda: 0,
+    )
+
+
+def test_what_the_server_retained_may_come_before_market_time_is_known(desk: Desk) -> None:
+    store = desk.store
+    message = promises("west", {("east", SOLAR, 5): 300})
+    levels, raw = ("brokers", "west", "promises"), Identity("west", key("west"), LEDGER).seal(message)
+    # It has never run and knows no interval, so it has wished nothing either.
+    broker_east(store, arranges_ahead=True).take_message(levels, raw)
+    assert store.heard_of(MessageType.PROMISES) == []
+    store.set_interval(ONE_O_CLOCK, IntervalState.OPEN, 0)
+    broker_east(store, arranges_ahead=True).take_message(levels, raw)
+    assert store.heard_of(MessageType.PROMISES) == [(DAY, "west", message.to_payload())]
+
+
+def test_wishes_and_promises_belong_on_topics_of_their_own(desk: Desk) -> None:
+    east = broker_east(desk.store, arranges_ahead=True)
+    east.set_time(ONE_O_CLOCK)
+    raw = Identity("west", key("west"), LEDGER).seal(promises("west", {}))
+    for levels in (("brokers", "west", "wishes"), ("brokers", "north", "promises"), ("brokers", "west", "forecast")):
+        east.take_message(levels, raw)
+    assert len(east.outputs.complaints) == 3
+    assert desk.store.heard_of(MessageType.PROMISES) == []
+
+
+@pytest.mark.parametrize("arranges_ahead", [False, True])
+def test_who_does_not_arrange_does_not_listen(desk: Desk, arranges_ahead: bool) -> None:
+    topics = {topic for topic, _ in broker_east(desk.store, arranges_ahead=arranges_ahead).subscriptions()}
+    assert {"dengen/v1/brokers/west/wishes", "dengen/v1/brokers/west/promises"} & topics == (
+        {"dengen/v1/brokers/west/wishes", "dengen/v1/brokers/west/promises"} if arranges_ahead else set()
+    )
 
 
 class Counter:
