@@ -89,9 +89,9 @@ class Arrangements:
             by_others: dict[int, Promised] = {}
             for supplier, promises in (_heard_promises(self._store, day_s) if self.is_on else {}).items():
                 for (requester, source, index), energy_wh in promises.items():
-                    if supplier == self._identity.name and requester in self._policies:
+                    if supplier == self._identity.name:
                         to_others.setdefault(index, {})[requester, source] = energy_wh
-                    elif supplier in self._policies and requester == self._identity.name:
+                    elif requester == self._identity.name:
                         by_others.setdefault(index, {})[supplier, source] = energy_wh
             self._day = _Day(day_s, to_others, by_others)
         return self._day
@@ -161,7 +161,6 @@ class Arrangements:
         return {
             peer: surpluses_of(Forecast.from_payload(payload), day_s, self._calendar.interval_s)
             for peer, payload in self._store.heard(day_s, MessageType.FORECAST).items()
-            if peer in self._policies
         }
 
     def _wishes_of_us(self, day_s: int) -> Arranged:
@@ -170,7 +169,7 @@ class Arrangements:
             (peer, source, index): energy_wh
             for peer, wishes in _heard_wishes(self._store, day_s).items()
             for (supplier, source, index), energy_wh in wishes.items()
-            if supplier == self._identity.name and peer in self._policies
+            if supplier == self._identity.name
         }
 
     def _most_wh(self) -> dict[str, int]:

@@ -202,10 +202,25 @@ def test_at_one_price_who_promised_is_asked_first(arrange: frozenset[str], suppl
     plan = replace(PLAN, consumers=PLAN.consumers[:1], devices=(*PLAN.devices, windfall))
     day = day_of(folder, plan, arrange=arrange)
     audit.check(day.world, day.books)
+    assert asked_by_west(day) == [(supplier, 600)] * ON_THE_DAY
+
+
+def asked_by_west(day: Day) -> list[tuple[str, int]]:
     store = BrokerStore(day.world.brokers["west"].config.database)
     asked = [(row.neighbour, row.energy_wh) for row in store.all_orders_out()]
     store.close()
-    assert asked == [(supplier, 600)] * ON_THE_DAY
+    return asked
+
+
+def test_what_has_come_is_taken_off_what_was_promised(folder: Path) -> None:
+    """Anna's wind uses the promise up, so what cleo's group wants in a later round is asked of who has most."""
+    cleo = ConsumerPlan("cleo", "west", (("renewable", 100),), (*(0,) * BEFORE, *(300,) * ON_THE_DAY))
+    windfall = DevicePlan("gust", "pia", "south", Source.WIND, (*(0,) * BEFORE, *(5_000,) * ON_THE_DAY))
+    plan = plan_of(mill_wh=2_000)
+    plan = replace(plan, consumers=(*plan.consumers[:1], cleo), devices=(*plan.devices, windfall))
+    day = day_of(folder, plan, arrange=frozenset(("east", "west")))
+    audit.check(day.world, day.books)
+    assert sorted(asked_by_west(day)) == [("east", 600)] * ON_THE_DAY + [("south", 300)] * ON_THE_DAY
 
 
 @pytest.mark.parametrize("seed", range(3))

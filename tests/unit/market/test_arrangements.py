@@ -376,6 +376,12 @@ def test_where_nothing_is_announced_whoever_promised_most_is_asked() -> None:
     assert planned(500, [], {("south", WIND): 100, ("north", WIND): 200}) == {("north", WIND): 500}
 
 
+def test_a_promise_says_nothing_of_what_others_would_have_to_give() -> None:
+    through = [NeighbourOffer("east", WIND, 900, 5), NeighbourOffer("south", WIND, 400, 5)]
+    orders = plan_orders({WIND: 300}, {}, NAMES, [], LIMITS, through=through, promised_wh={("south", WIND): 300})
+    assert [(order.neighbour, order.energy_wh) for order in orders] == [("east", 300)]
+
+
 def test_a_promise_is_used_once_in_a_plan() -> None:
     offers = [NeighbourOffer("east", WIND, 900, 5), NeighbourOffer("south", WIND, 900, 5)]
     both = planned(300, offers, {("south", WIND): 400}, {SourceGroup.RENEWABLE: 300})
