@@ -223,6 +223,30 @@ def test_what_has_come_is_taken_off_what_was_promised(folder: Path) -> None:
     assert sorted(asked_by_west(day)) == [("east", 600)] * ON_THE_DAY + [("south", 300)] * ON_THE_DAY
 
 
+def test_what_was_bought_for_another_is_not_taken_off(folder: Path) -> None:
+    """West passes dan's 300 Wh on to east, which has most, and still has the whole promise for cleo's 500 Wh."""
+    cleo = ConsumerPlan("cleo", "west", (("renewable", 100),), (*(0,) * BEFORE, *(500,) * ON_THE_DAY))
+    dan = ConsumerPlan("dan", "far", (("wind", 100),), (*(0,) * BEFORE, *(300,) * ON_THE_DAY))
+    almost = DevicePlan("gust", "pia", "south", Source.WIND, (*(0,) * BEFORE, *(1_900,) * ON_THE_DAY))
+    plan = replace(
+        plan_of(mill_wh=2_000),
+        brokers=("east", "far", "south", "west"),
+        links=(("east", "west"), ("south", "west"), ("far", "west")),
+        consumers=(cleo, dan),
+    )
+    plan = replace(plan, devices=(*plan.devices, almost))
+    day = day_of(folder, plan, arrange=frozenset(("east", "west")))
+    audit.check(day.world, day.books)
+    assert asked_by_west(day) == [("east", 300), ("east", 500)] * ON_THE_DAY
+
+
+def test_of_whom_is_not_asked_nothing_is_wished(folder: Path) -> None:
+    day = day_of(folder, replace(PLAN, policies={("west", "east"): {"is_asked": False}}))
+    wishes = day.message("west", "wishes")
+    assert isinstance(wishes, Wishes)
+    assert wishes.wishes == ()
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_brokers_that_are_killed_and_cut_off_arrange_the_same(seed: int, folder: Path) -> None:
     some = frozenset(("east", "west"))
