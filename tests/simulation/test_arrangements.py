@@ -237,7 +237,7 @@ def test_what_was_bought_for_another_is_not_taken_off(folder: Path) -> None:
     plan = replace(plan, devices=(*plan.devices, almost))
     day = day_of(folder, plan, arrange=frozenset(("east", "west")))
     audit.check(day.world, day.books)
-    assert asked_by_west(day) == [("east", 300), ("east", 500)] * ON_THE_DAY
+    assert sorted(asked_by_west(day)) == [("east", 300)] * ON_THE_DAY + [("east", 500)] * ON_THE_DAY
 
 
 def test_of_whom_is_not_asked_nothing_is_wished(folder: Path) -> None:
