@@ -194,6 +194,9 @@ class Store:
             database.executemany("INSERT INTO nodes VALUES (?, ?)", nodes)
             meta = {"head": head.to_bytes(), **notes}
             database.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", meta.items())
+            if blocks and SIGNED_HEAD not in notes:
+                # What was signed is a head before this one: no proof of this file may end in it.
+                database.execute("DELETE FROM meta WHERE name = ?", (SIGNED_HEAD,))
             kept = [(bucket, digest) for bucket, digest in buckets.items() if digest is not None]
             database.executemany("INSERT OR REPLACE INTO buckets VALUES (?, ?)", kept)
             emptied = [(bucket,) for bucket, digest in buckets.items() if digest is None]

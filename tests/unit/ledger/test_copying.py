@@ -153,6 +153,24 @@ def test_a_long_ledger_comes_in_many_pages_and_may_be_interrupted(host: Host, mo
     assert host.asked.count(QueryKind.BLOCKS) >= 5
 
 
+def test_what_there_is_of_a_copy_that_is_being_brought_up_to_date_verifies(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head that was signed when it was last done is none of its blocks' any more."""
+    monkeypatch.setattr(gateway_module, "MAX_BLOCK_BYTES", 2_000)
+    host.trade(2)
+    host.run()
+    done = host.copy.height
+    host.reopen()
+    host.trade(6, first=2)
+    while host.copy.height == done:
+        for payload in host.answers():
+            host.copy.on_result(payload)
+    assert host.copy.height < host.engine.height
+    report = verify_ledger(host.folder / "copy", helpers=0)
+    assert (report.errors, report.height) == ((), host.copy.height)
+
+
 def test_a_ledger_that_goes_on_meanwhile_is_copied_up_to_the_head_that_was_signed_first(host: Host) -> None:
     host.trade(1)
     height = host.engine.height
