@@ -56,7 +56,8 @@ from broker.service.outputs import Identity, Outputs
 from broker.service.store import BatchKind, BatchRow, BrokerStore, OrderInRow, OrderOutRow
 
 COARSE_WH: Final = 100
-"""Stock is announced in steps of this, rounded down: enough to choose whom to ask, too little to read off trades."""
+"""Stock is announced in steps of this, rounded down, but anything as one step at least: enough to choose whom to ask,
+too little to read off trades. What is not announced is not there."""
 
 KEEP_HEARD_S: Final = 14 * 86_400
 """Whom to ask needs what was said last; what a new contract can expect, what was left over in the last weeks."""
@@ -240,7 +241,11 @@ class Neighbours:
         return tuple([found[source] for source in sorted(found)])
 
     def _announce_stock(self, interval: Interval, *, with_bought: bool) -> None:
-        stock = _stock_message(self._identity.name, interval, self._in.offers(interval, with_bought=with_bought))
+        offers = {
+            source: (max(COARSE_WH, energy_wh - energy_wh % COARSE_WH), price)
+            for source, (energy_wh, price) in self._in.offers(interval, with_bought=with_bought).items()
+        }
+        stock = _stock_message(self._identity.name, interval, offers)
         self._publish_retained(self._topics.stock(self._identity.name), self._identity.seal(stock))
 
     def _note_left_over(self, interval: Interval) -> None:
@@ -379,12 +384,9 @@ class Neighbours:
     def ask_late(self, interval: Interval, clearing: Clearing, now_s: float) -> bool:
         """After the last round, something is short or was announced anew: order outside the rounds. False if not."""
         exhausted = self._exhausted(interval.start_s) - self._renewed
-        # No more guessing: outside the rounds, those are asked that offer something or never say what they have.
+        # Outside the rounds, those are asked that offer something or never say what they have.
         offers = self._offers(interval.start_s)
-        speaking = self._store.heard(interval.start_s, MessageType.STOCK)
-        for key in [(name, source) for name in speaking for source in Source]:
-            if key not in offers or not offers[key].energy_wh:
-                exhausted.add(key)
+        exhausted |= self._lacking(interval.start_s) | {key for key, offer in offers.items() if not offer.energy_wh}
         expected, promised = self._expected(interval.start_s), self._promised_left(interval.start_s)
         board = _Board(offers, [], exhausted, expected, promised)
         planned = self._plan_own(interval, clearing, [], board, with_groups=True)
@@ -398,6 +400,9 @@ class Neighbours:
     def _board(self, start_s: int, round_number: int) -> "_Board":
         through = self._offers_through(start_s) if round_number > 1 else []
         exhausted = self._exhausted(start_s)
+        if round_number > 1:
+            # What neighbours could pass on is known by now, so there is nothing to guess any more.
+            exhausted |= self._lacking(start_s)
         # Who could ask others may find more, unless nothing came of the newest order that it could have passed on.
         newest: dict[tuple[str, Source], OrderOutRow] = {}
         for row in self._store.orders_out(start_s):
@@ -434,7 +439,8 @@ class Neighbours:
     def _boards_for(self, start_s: int, round_number: int, parents: Sequence[OrderInRow]) -> list["_Board"]:
         """For each order that is passed on, what may be asked for it: of each offer a share, since all may want it."""
         offers = self._offers(start_s, round_number - 1)
-        exhausted = self._exhausted(start_s, round_number - 1)
+        # Whoever is asked for a neighbour asks nobody else, so it has what it announced or nothing.
+        exhausted = self._exhausted(start_s, round_number - 1) | self._lacking(start_s)
         shared: list[dict[tuple[str, Source], NeighbourOffer]] = [{} for _ in parents]
         for (neighbour, source), offer in offers.items():
             wants_wh = [
@@ -506,6 +512,12 @@ class Neighbours:
             if row.energy_wh >= announced_wh.get(key, 0) if _is_of(row, known_before) else _came_short(row):
                 exhausted.add(key)
         return exhausted
+
+    def _lacking(self, start_s: int) -> set[tuple[str, Source]]:
+        """The (neighbour, source) of which a neighbour has none: it announced what it has, and that is not in it."""
+        announced = {(offer.neighbour, offer.source) for offer in self._announced(start_s)}
+        speaking = self._store.heard(start_s, MessageType.STOCK)
+        return {(name, source) for name in speaking for source in Source if (name, source) not in announced}
 
     def _candidates(self, start_s: int, path: Sequence[str] = ()) -> list[str]:
         """The neighbours that may be asked. One on trial gets one order in an interval."""
@@ -791,18 +803,12 @@ class _Board:
 
 
 def _stock_message(broker: str, interval: Interval, offers: Mapping[Source, tuple[int, int]]) -> messages.Stock:
-    """Coarsely what there is: (Wh, lowest price) by source."""
+    """What there is: (Wh, lowest price) by source."""
     return messages.Stock(
         broker,
         interval.start_s,
         interval.end_s,
-        tuple(
-            [
-                SourceOffer(source, energy_wh - energy_wh % COARSE_WH, price)
-                for source, (energy_wh, price) in sorted(offers.items())
-                if energy_wh >= COARSE_WH
-            ]
-        ),
+        tuple([SourceOffer(source, energy_wh, price) for source, (energy_wh, price) in sorted(offers.items())]),
     )
 
 

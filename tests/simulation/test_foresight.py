@@ -158,15 +158,15 @@ def test_hints_go_out_a_few_at_a_time_and_all_of_them(watched: Watched, monkeypa
 
 
 @pytest.mark.parametrize(("forecast_by", "asked_first"), [(None, "east"), ("east", "east"), ("south", "south")])
-def test_of_neighbours_that_announce_too_little_the_one_that_forecast_more_is_asked_first(
+def test_of_neighbours_that_announce_nothing_the_one_that_forecast_more_is_asked_first(
     forecast_by: str | None, asked_first: str, folder: Path
 ) -> None:
-    """Both have less wind than the step in which stock is announced. Without any forecast their names decide."""
+    """Neither has any wind; they might know somebody who has. Without any forecast their names decide."""
     plan = Plan(
         ("east", "south", "west"),
         "west",
         (ConsumerPlan("ben", "west", (("wind", 100),), (300,)),),
-        tuple(DevicePlan(f"mill-{name}", "ola", name, Source.WIND, (60,)) for name in ("east", "south")),
+        (DevicePlan("dam", "ola", "east", Source.HYDRO, (60,)),),
         links=(("east", "west"), ("south", "west")),
     )
     world = World(plan, folder)

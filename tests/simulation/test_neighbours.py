@@ -14,7 +14,7 @@ from scipy.optimize import linprog
 from broker.market.contracts import ShortageChoice
 from broker.market.partners import MAX_TIMEOUTS
 from broker.market.rounds import round_limit_s
-from broker.protocol.messages import AnswerStatus, Cleared, Order, OrderAnswer
+from broker.protocol.messages import AnswerStatus, Cleared, Order, OrderAnswer, Stock
 from broker.protocol.sources import Source
 from broker.service.store import BrokerStore, OrderInRow, OrderOutRow
 from simulation import audit
@@ -65,6 +65,52 @@ def orders(world: World, broker: str) -> tuple[list[OrderOutRow], list[OrderInRo
     rows = list(store.all_orders_out()), list(store.all_orders_in())
     store.close()
     return rows
+
+
+# Whom to ask
+
+
+def wind_at(*energies_wh: int) -> Plan:
+    """Ben at the hub wants 300 Wh of wind, of which the leaves have these amounts."""
+    names = [f"b{number}" for number in range(1, len(energies_wh) + 1)]
+    return Plan(
+        ("b0", *names),
+        "b0",
+        (ConsumerPlan("ben", "b0", (("wind", 100),), (300,)),),
+        tuple(
+            DevicePlan(f"mill-{name}", "ola", name, Source.WIND, (energy_wh,))
+            for name, energy_wh in zip(names, energies_wh, strict=True)
+        ),
+        links=tuple(("b0", name) for name in names),
+    )
+
+
+def test_less_than_a_step_of_stock_is_announced_as_one_and_many_such_rests_are_collected(folder: Path) -> None:
+    world = World(wind_at(99, 60, 1, 0, 140), folder)
+    topics = {name: world.listen(world.topics.stock(name)) for name in ("b1", "b3", "b4", "b5")}
+    books = world.run()
+    audit.check(world, books)
+    assert books.delivered_wh == {("ben", T0, "wind"): 300}
+    announced = {name: world.opened(payloads[0]) for name, payloads in topics.items()}
+    offers = {name: stock.offers for name, stock in announced.items() if isinstance(stock, Stock)}
+    assert {name: [offer.energy_wh for offer in offers[name]] for name in offers} == {
+        "b1": [100],
+        "b3": [100],
+        "b4": [],
+        "b5": [100],
+    }
+
+
+def test_who_announced_none_of_a_source_is_asked_for_it_once_and_by_nobody_for_another(folder: Path) -> None:
+    """Of three leaves without wind only one is asked, since it might know somebody. For a leaf the hub asks nobody."""
+    plan = wind_at(0, 0, 0)
+    anna = ConsumerPlan("anna", "b1", (("wind", 100),), (200,))
+    world = World(replace(plan, consumers=(*plan.consumers, anna)), folder)
+    books = world.run()
+    audit.check(world, books)
+    assert books.unmatched_wh == {("ben", T0): 300, ("anna", T0): 200}
+    assert [(row.neighbour, row.round_number) for row in orders(world, "b1")[0]] == [("b0", 1)]
+    assert [(row.neighbour, row.round_number) for row in orders(world, "b0")[0]] == [("b1", 1)]
 
 
 # Passing on
