@@ -500,7 +500,8 @@ class Broker:
     def _committed(self, event: BatchCommitted) -> None:
         batch = self._desk.finish(event.batch_id, WorkState.COMMITTED, event.height, None)
         if batch is None:
-            if self._recovery is not None and not self._store.has_batch(event.batch_id):
+            known = self._store.batch_state(event.batch_id)
+            if self._recovery is not None and known in (None, WorkState.REFUSED):
                 self._take_back(self._recovery, event)
             else:
                 self._require_known(event)
@@ -542,7 +543,15 @@ class Broker:
 
         With it are forgotten the demands that it served, and whoever went on would serve and close them differently.
         """
-        if not self._store.has_batch(event.batch_id):
+        state = self._store.batch_state(event.batch_id)
+        if state is WorkState.REFUSED:
+            # It was under way twice: what was refused at first was taken later, when nothing stood against it any more.
+            self.outputs.complain(
+                f"block {event.height} carries a batch ({event.batch_id.hex()}) that the ledger had refused before;"
+                " what it did is missing in this broker's books: compare them with the ledger (statement --check). If they"
+                " differ restore a backup of the database from before that block and run with --recover"
+            )
+        if state is None:
             raise StoreError(
                 f"this broker's database is older than the ledger: block {event.height} carries a batch"
                 f" ({event.batch_id.hex()}) of {self._identity.name} that it does not know. Restore the newest backup"

@@ -889,9 +889,10 @@ class BrokerStore:
             (int(state), height, reason, batch_id),
         )
 
-    def has_batch(self, batch_id: bytes) -> bool:
-        """True if this broker made that batch, whatever became of it."""
-        return self._db.execute("SELECT 1 FROM batch WHERE batch_id = ?", (batch_id,)).fetchone() is not None
+    def batch_state(self, batch_id: bytes) -> WorkState | None:
+        """What became of a batch, None if this broker did not make it."""
+        row = self._db.execute("SELECT state FROM batch WHERE batch_id = ?", (batch_id,)).fetchone()
+        return None if row is None else WorkState(row[0])
 
     # The ledger's blocks
 

@@ -13,11 +13,11 @@ from broker import cli
 from broker.database_copy import CopyError
 from broker.ledger.operations import Void, encode_operation
 from broker.ledger.verify import verify_ledger
-from broker.protocol.envelope import seal
+from broker.protocol.envelope import seal, sealed_id
 from broker.protocol.messages import Batch, MessageType, Quality, Receipt, ReceiptStatus
 from broker.protocol.sources import Source
 from broker.service.backup import LEDGER_DIRECTORY, backup_broker
-from broker.service.store import BrokerStore, StoreError
+from broker.service.store import BatchKind, BatchRow, BrokerStore, StoreError, WorkState
 from simulation import audit
 from simulation.plans import PAIR
 from simulation.world import GATE_1_S, GATE_2_S, INTERVAL_S, LEDGER, T0, ConsumerPlan, DevicePlan, Plan, World
@@ -316,3 +316,36 @@ def test_a_batch_that_is_not_this_runs_own_is_refused_again_after_the_recovery(f
     with pytest.raises(StoreError, match="older than the ledger"):
         world.run(T0 + (ALONE.intervals + 3) * INTERVAL_S)
     world.stop()
+
+
+@pytest.mark.parametrize("recovers", [False, True])
+def test_a_batch_that_was_refused_and_taken_later_is_told_or_taken_back(
+    folder: Path, caplog: pytest.LogCaptureFixture, recovers: bool
+) -> None:
+    """Under way twice, it came again when nothing stood against it any more."""
+    world = World(ALONE, folder / "world")
+    world.run(SECOND_CLOSED_S)
+    operation = encode_operation(Void(b"x" * 16))
+    raw = seal(Batch(T0 + 100 * INTERVAL_S, (operation,)), key("east"), LEDGER, "east")
+    batch_id = sealed_id(raw, LEDGER, "east")
+    store = BrokerStore(world.brokers["east"].config.database)
+    store.begin()
+    store.add_batch(BatchRow(store.next_batch_number(), batch_id, BatchKind.VOID, 0, raw, WorkState.WAITING))
+    store.set_batch(batch_id, WorkState.REFUSED, None, "order_ended: it was too early")
+    store.commit()
+    store.close()
+    if recovers:
+        backup_broker(world.brokers["east"].config, folder / "copy", no_waiting)
+    world.before_next_step(lambda: world.say("x", world.topics.ledger_submit(LEDGER), raw))
+    world.run(T0 + (ALONE.intervals + 1) * INTERVAL_S)
+    assert "that the ledger had refused before; what it did is missing" in caplog.text
+    if recovers:
+        put_back(folder / "copy", world, "east", with_ledger=False)
+        world.brokers["east"].recovers = True
+        caplog.clear()
+        world.run(T0 + (ALONE.intervals + 2) * INTERVAL_S)
+        assert "recovered from the ledger" in caplog.text
+        assert "had refused before" not in caplog.text
+    store = BrokerStore(world.brokers["east"].config.database)
+    assert store.batch_state(batch_id) is (WorkState.COMMITTED if recovers else WorkState.REFUSED)
+    store.close()
