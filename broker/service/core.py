@@ -548,8 +548,8 @@ class Broker:
             # It was under way twice: what was refused at first was taken later, when nothing stood against it any more.
             self.outputs.complain(
                 f"block {event.height} carries a batch ({event.batch_id.hex()}) that the ledger had refused before;"
-                " what it did is missing in this broker's books: compare them with the ledger (statement --check). If they"
-                " differ restore a backup of the database from before that block and run with --recover"
+                " what it did is missing in this broker's books: compare them with the ledger (statement --check). If"
+                " they differ restore a backup of the database from before that block and run with --recover"
             )
         if state is None:
             raise StoreError(
