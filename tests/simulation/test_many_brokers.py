@@ -52,7 +52,7 @@ def _check_against_optimum(world: ManyWorld, found: Fulfilment) -> None:
     print(f"{delivered_wh} of {best_wh} Wh inside quotas; {found.idle_choices_next_wh} Wh idle for raised lines")
     assert all(one.delivered_wh <= one.best_wh for one in intervals), "the optimum is none"
     assert 100 * delivered_wh >= 99 * best_wh, f"{delivered_wh} of {best_wh} Wh"
-    assert 100 * found.idle_choices_next_wh < best_wh, "raised lines or substitutes could have used what idles next door"
+    assert 100 * found.idle_choices_next_wh < best_wh, "raised lines or substitutes could use what idles"
 
 
 def _check_conservation(plan: Plan, books: Books) -> None:
