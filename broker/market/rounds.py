@@ -34,6 +34,9 @@ LAST_ROUND: Final = 10
 GROUPS_FROM_ROUND: Final = 5
 """Before, only what lines of a single source lack is ordered, and passed on: everybody's groups come after those."""
 
+CHOICES_FROM_ROUND: Final = 9
+"""Before, only what lines lack is ordered: what contracts choose for a shortage comes after everybody's lines."""
+
 
 @dataclass(frozen=True, slots=True)
 class Heard:

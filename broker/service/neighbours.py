@@ -18,6 +18,7 @@ from broker.market.forecast import expected_surplus
 from broker.market.lots import Lot
 from broker.market.mix import apportion
 from broker.market.rounds import (
+    CHOICES_FROM_ROUND,
     GROUPS_FROM_ROUND,
     LAST_ROUND,
     Heard,
@@ -351,17 +352,21 @@ class Neighbours:
     ) -> int:
         """Order what own consumers lack. Returns the Wh that may still be ordered, or come, for them.
 
-        Where nobody is left to ask for the lines, what gate 2 would use is ordered.
+        Where nobody is left to ask for the lines, what gate 2 would use is ordered, when everybody's lines have had
+        their rounds.
         """
         with_groups = round_number >= GROUPS_FROM_ROUND
         board = self._board(interval.start_s, round_number)
         own_rows = [row for row in self._out.open_rows() if row.start_s == interval.start_s and row.parent is None]
         planned = self._plan_own(interval, clearing, own_rows, board, with_groups=with_groups)
+        later_wh = 0
         if not planned and not own_rows and with_groups:
             planned = self._plan_rehearsed(interval, consumers, board)
+            if round_number < CHOICES_FROM_ROUND:
+                planned, later_wh = (), sum([plan.energy_wh for plan in planned])
         for plan in planned:
             self._out.send(*_named(plan), interval, round_number, now_s)
-        open_wh = sum([plan.energy_wh for plan in planned]) + sum([row.energy_wh for row in own_rows])
+        open_wh = sum([plan.energy_wh for plan in planned]) + sum([row.energy_wh for row in own_rows]) + later_wh
         if not with_groups:
             open_wh += sum(clearing.shortages.values()) + consumers.groups_lack_wh()
         return open_wh

@@ -113,6 +113,25 @@ def test_who_announced_none_of_a_source_is_asked_for_it_once_and_by_nobody_for_a
     assert [(row.neighbour, row.round_number) for row in orders(world, "b0")[0]] == [("b1", 1)]
 
 
+def test_what_a_contract_chooses_for_a_shortage_comes_after_everybodys_groups(folder: Path) -> None:
+    """Anna's sun is short and she would take wind instead; ben's line is for anything renewable. Both know who has some."""
+    plan = Plan(
+        ("east", "mid", "west"),
+        "mid",
+        (
+            ConsumerPlan("anna", "west", (("solar", 100),), (300,), ShortageChoice.SUBSTITUTES, ("wind",)),
+            ConsumerPlan("ben", "east", (("renewable", 100),), (300,)),
+        ),
+        (DevicePlan("mill", "ola", "mid", Source.WIND, (300,)),),
+        links=(("east", "mid"), ("mid", "west")),
+    )
+    world = World(plan, folder)
+    books = world.run()
+    audit.check(world, books)
+    assert books.delivered_wh == {("ben", T0, "wind"): 300}
+    assert books.unmatched_wh["anna", T0] == 300
+
+
 # Passing on
 
 
