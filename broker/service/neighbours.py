@@ -361,9 +361,11 @@ class Neighbours:
         planned = self._plan_own(interval, clearing, own_rows, board, with_groups=with_groups)
         later_wh = 0
         if not planned and not own_rows and with_groups:
-            planned = self._plan_rehearsed(interval, consumers, board)
+            rehearsed = self._plan_rehearsed(interval, consumers, board)
             if round_number < CHOICES_FROM_ROUND:
-                planned, later_wh = (), sum([plan.energy_wh for plan in planned])
+                later_wh = sum([plan.energy_wh for plan in rehearsed])
+            else:
+                planned = rehearsed
         for plan in planned:
             self._out.send(*_named(plan), interval, round_number, now_s)
         open_wh = sum([plan.energy_wh for plan in planned]) + sum([row.energy_wh for row in own_rows]) + later_wh

@@ -114,7 +114,7 @@ def test_who_announced_none_of_a_source_is_asked_for_it_once_and_by_nobody_for_a
 
 
 def test_what_a_contract_chooses_for_a_shortage_comes_after_everybodys_groups(folder: Path) -> None:
-    """Anna's sun is short and she would take wind instead; ben's line is for anything renewable. Both know who has some."""
+    """Anna's sun is short, and wind is her substitute. Ben's line is for anything renewable. Mid has the only wind."""
     plan = Plan(
         ("east", "mid", "west"),
         "mid",
