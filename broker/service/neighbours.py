@@ -421,7 +421,9 @@ class Neighbours:
             if offer.energy_wh and (key not in newest or newest[key].seen_wh):
                 exhausted.discard(key)
         expected, promised = self._expected(start_s), self._promised_left(start_s)
-        return _Board(self._offers(start_s), through, exhausted, expected, promised)
+        return _Board(
+            self._less_wanted(self._offers(start_s), start_s, round_number), through, exhausted, expected, promised
+        )
 
     def _offers_through(self, start_s: int) -> list[NeighbourOffer]:
         """What neighbours say that they could pass on, less what came from others.
@@ -445,7 +447,7 @@ class Neighbours:
 
     def _boards_for(self, start_s: int, round_number: int, parents: Sequence[OrderInRow]) -> list["_Board"]:
         """For each order that is passed on, what may be asked for it: of each offer a share, since all may want it."""
-        offers = self._offers(start_s, round_number - 1)
+        offers = self._less_wanted(self._offers(start_s, round_number - 1), start_s, round_number)
         # Whoever is asked for a neighbour asks nobody else, so it has what it announced or nothing.
         exhausted = self._exhausted(start_s, round_number - 1) | self._lacking(start_s)
         shared: list[dict[tuple[str, Source], NeighbourOffer]] = [{} for _ in parents]
@@ -507,6 +509,17 @@ class Neighbours:
                     left_wh = 0 if _came_short(row) else max(0, offers[key].energy_wh - row.seen_wh)
                 offers[key] = replace(offers[key], energy_wh=left_wh)
         return offers
+
+    def _less_wanted(
+        self, offers: dict[tuple[str, Source], NeighbourOffer], start_s: int, round_number: int
+    ) -> dict[tuple[str, Source], NeighbourOffer]:
+        """The offers without what a neighbour has ordered itself before this round: of that it has nothing left."""
+        wanted = {
+            (row.requester, Source(row.source))
+            for row in self._store.orders_in(start_s)
+            if row.round_number is not None and row.round_number < round_number
+        }
+        return {key: replace(offer, energy_wh=0) if key in wanted else offer for key, offer in offers.items()}
 
     def _exhausted(self, start_s: int, known_before: int = LAST_ROUND + 1) -> set[tuple[str, Source]]:
         """The (neighbour, source) that gave less than was asked for, or of the round `known_before` were asked for all

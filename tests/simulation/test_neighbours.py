@@ -485,7 +485,7 @@ def optimum_wh(plan: Plan) -> int:
 
 
 @pytest.mark.parametrize("links", [ring(3), ring(5), star(5)], ids=["ring of 3", "ring of 5", "star of 5"])
-@pytest.mark.parametrize("seed", range(60 if FULL else 5))
+@pytest.mark.parametrize("seed", range(60) if FULL else (0, 1, 2, 3, 4, 36))
 def test_at_least_99_percent_of_the_optimum_is_delivered(
     links: tuple[tuple[str, str], ...], seed: int, folder: Path
 ) -> None:
