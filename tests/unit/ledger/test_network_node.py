@@ -65,13 +65,15 @@ def test_a_consensus_failure_stops_the_node_and_says_what_to_do(home: Path) -> N
 
 
 def test_it_is_asked_to_end_and_the_application_lives_until_it_has(home: Path) -> None:
-    ended = home.parent / "ended"
-    program = script(home, f"trap 'echo done > {ended}; exit 0' TERM; echo ready; while :; do sleep 0.05; done")
+    ready, ended = home.parent / "ready", home.parent / "ended"
+    program = script(home, f"trap 'echo done > {ended}; exit 0' TERM; echo > {ready}; while :; do sleep 0.05; done")
     stop = threading.Event()
     seen = []
 
     def serve(*arguments: object) -> None:
         wait_until(lambda: (home / PID_NAME).exists() and (home / PID_NAME).read_text() != "", "the pid")
+        # A shell that has not come to its trap yet would simply end.
+        wait_until(ready.exists, "the trap to be set")
         stop.set()
         app_stop = arguments[5]
         assert isinstance(app_stop, threading.Event)
